@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-qcow2-filters authors
+
+"""The table of what is measured, and how good it has to be.
+
+To add a row: add the image to images.IMAGES if there is none like it,
+the client to workloads if it is of a new kind, and a Case here.
+"""
+
+import dataclasses
+
+from workloads import COPY, MAP, RANDOM_4K, SEQUENTIAL_4K, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The project's promise: OURS is at most (or for rates at least)
+    FACTOR times the figure of the contender AGAINST; or FACTOR itself,
+    in the workload's unit, where AGAINST is None."""
+    factor: float
+    against: str = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    title: str
+    image: str
+    workload: Workload
+    targets: tuple = ()
+    parameters: tuple = ()       # of our filter
+    contenders: tuple = ("raw", "ours", "qemu-nbd", "qcow2dec")
+
+
+CASES = [
+    Case("seq-plain", "sequential copy, plain image", "plain", COPY,
+         (Target(1.10, "raw"), Target(0.80, "qemu-nbd"))),
+    Case("seq-deflate", "sequential copy, deflate image", "deflate", COPY,
+         (Target(0.50, "qemu-nbd"),)),
+    Case("seq-zstd", "sequential copy, zstd image", "zstd", COPY,
+         (Target(0.65, "qemu-nbd"),)),
+    Case("rand-plain", "random 4 KiB reads, depth 16, plain image",
+         "plain", RANDOM_4K,
+         (Target(0.85, "raw"), Target(1.50, "qemu-nbd"))),
+    Case("rand-deflate", "random 4 KiB reads, depth 16, deflate image",
+         "deflate", RANDOM_4K, (Target(2.00, "qemu-nbd"),)),
+    Case("small-deflate", "consecutive 4 KiB reads, depth 1, deflate image",
+         "deflate", SEQUENTIAL_4K),
+    Case("map-files", "map of a 16 TiB disk, its data in pieces of 1 MiB",
+         "16t-files", MAP, (Target(1.00), Target(1.00, "qemu-nbd"))),
+    Case("map-clusters", "map of a 16 TiB disk, its data in single clusters",
+         "16t-clusters", MAP, (Target(1.00), Target(1.00, "qemu-nbd"))),
+]

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-qcow2-filters authors
+
+"""The contenders: programs that serve an image on a Unix socket.
+
+Every measurement starts its own server, so that none inherits another's
+caches or memory, and all are started and warmed up in one way.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from typing import Callable
+
+import tools
+from images import IMAGES
+
+START_SECONDS = 30
+
+
+@dataclasses.dataclass
+class Server:
+    """A running server."""
+    uri: str
+    pid: int
+
+    def cpu_seconds(self):
+        """CPU time of all its threads so far, finished ones included."""
+        with open(f"/proc/{self.pid}/stat", encoding="utf-8") as f:
+            fields = f.read().rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def peak_memory(self):
+        """The most memory it ever had resident, in bytes."""
+        value = tools.file_field(f"/proc/{self.pid}/status", "VmHWM")
+        return int(value.split()[0]) << 10
+
+
+def nbdkit_argv(words, socket, pidfile):
+    return (tools.program("NBDKIT")
+            + ["-f", "-r", "-U", socket, "-P", pidfile] + words)
+
+
+def raw_argv(library, case, socket, pidfile):
+    raw = library.path(IMAGES[case.image].raw)
+    return nbdkit_argv(["file", raw], socket, pidfile)
+
+
+def filter_argv(name, library, case, socket, pidfile):
+    words = [f"--filter={name}", "file", library.path(case.image)]
+    if name == "qcow2":
+        words += case.parameters
+    return nbdkit_argv(words, socket, pidfile)
+
+
+def qemu_argv(aio, library, case, socket, pidfile):
+    return (tools.program("QEMU_NBD")
+            + ["-r", "-t", "-e", "16", "--cache=writeback", f"--aio={aio}",
+               "-k", socket, "--pid-file", pidfile,
+               "-f", "qcow2", library.path(case.image)])
+
+
+def have_nbdkit_filter(name):
+    directory = tools.nbdkit_config("filterdir")
+    path = os.path.join(directory, f"nbdkit-{name}-filter.so")
+    if not os.path.exists(path):
+        raise tools.Unavailable(f"this nbdkit has no {name} filter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to serve an image.
+
+    VARIANTS maps a name to ARGV (library, case, socket, pidfile).  Where
+    there are several, each case uses the one that does best in it.
+    NEED raises if this machine doesn't have it; a contender without
+    EXTENTS says that all is data, so that its map means nothing."""
+    variants: dict
+    need: Callable = lambda: None
+    extents: bool = True
+
+
+CONTENDERS = {
+    "raw": Contender({"": raw_argv}),
+    "ours": Contender({"": functools.partial(filter_argv, "qcow2")}),
+    "qemu-nbd": Contender(
+        {f"--aio={aio}": functools.partial(qemu_argv, aio)
+         for aio in ("threads", "io_uring")},
+        need=lambda: tools.program("QEMU_NBD")),
+    "qcow2dec": Contender(
+        {"": functools.partial(filter_argv, "qcow2dec")},
+        need=lambda: have_nbdkit_filter("qcow2dec"), extents=False),
+}
+
+
+def wait_for_pidfile(process, pidfile, errors):
+    """The servers write their pid when they are ready to be connected
+    to.  It is the server's even if a wrapper script started it."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError, ValueError):
+            with open(pidfile, encoding="utf-8") as f:
+                return int(f.read())
+        time.sleep(0.005)
+    errors.seek(0)
+    raise RuntimeError(f"{shlex.join(process.args)}\n"
+                       f"did not start: {errors.read()}")
+
+
+@contextlib.contextmanager
+def serve(argv_for: Callable, library, case):
+    """Run the server that ARGV_FOR describes, warm, while in context."""
+    with tempfile.TemporaryDirectory() as directory, \
+            tempfile.TemporaryFile("w+") as errors:
+        socket = os.path.join(directory, "socket")
+        pidfile = os.path.join(directory, "pid")
+        argv = argv_for(library, case, socket, pidfile)
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL,
+                                   stdout=errors, stderr=errors)
+        try:
+            pid = wait_for_pidfile(process, pidfile, errors)
+            uri = f"nbd+unix:///?socket={socket}"
+            tools.run(tools.program("NBDINFO") + ["--size", uri])
+            yield Server(uri, pid)
+        finally:
+            stop(process)
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
