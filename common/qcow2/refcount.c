@@ -1,0 +1,101 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* Reading refcounts.
+ *
+ * The refcount table lists refcount blocks of one cluster each; a block
+ * has a refcount of 1 << refcount_order bits for each host cluster.
+ * Widths below 8 bits put the first refcount into the lowest bits.
+ */
+
+#include <config.h>
+
+#include <inttypes.h>
+
+#include "qcow2/error.h"
+#include "qcow2/refcount.h"
+
+/* How many of the first n refcounts in a block are not 0. */
+static uint64_t
+count_nonzero (const uint8_t *block, uint64_t n, unsigned order)
+{
+  uint64_t found = 0;
+
+  for (uint64_t i = 0; i < n; ++i) {
+    if (order < 3) {
+      const unsigned width = 1U << order;
+      const unsigned shift = (i << order) & 7;
+
+      found += ((block[(i << order) >> 3] >> shift) &
+                ((1U << width) - 1)) != 0;
+    }
+    else {
+      const unsigned width = 1U << (order - 3);
+      uint8_t any = 0;
+
+      for (unsigned b = 0; b < width; ++b)
+        any |= block[i * width + b];
+      found += any != 0;
+    }
+  }
+  return found;
+}
+
+static int
+count_in_block (const struct qcow2_image *image, const struct qcow2_io *io,
+                uint64_t table_index, uint64_t entries, uint8_t *block,
+                uint64_t *used, GError **error)
+{
+  const uint64_t entry_offset =
+    image->header->refcount_table_offset + table_index * 8;
+  uint8_t entry[8];
+  uint64_t offset;
+
+  if (qcow2_io_read_exact (io, "the refcount table", entry, sizeof entry,
+                           entry_offset, error) == -1)
+    return -1;
+  offset = qcow2_be64 (entry) & QCOW2_REFTABLE_OFFSET_MASK;
+  if (!offset)
+    return 0;
+  if (offset & (image->cluster_size - 1))
+    return qcow2_fail (error, EIO, "entry %" PRIu64 " of the refcount table "
+                       "has the offset %" PRIu64 ", which is not a multiple "
+                       "of the cluster size", table_index, offset);
+  if (qcow2_io_read_exact (io, "a refcount block", block,
+                           image->cluster_size, offset, error) == -1)
+    return -1;
+  *used += count_nonzero (block, entries, image->header->refcount_order);
+  return 0;
+}
+
+int
+qcow2_refcount_count_used (const struct qcow2_image *image,
+                           const struct qcow2_io *io, uint64_t limit,
+                           uint64_t *used, GError **error)
+{
+  const uint64_t clusters =
+    io->get_size (io) / image->cluster_size +
+    (io->get_size (io) % image->cluster_size != 0);
+  const uint64_t per_block =
+    (uint64_t) image->cluster_size * 8 >> image->header->refcount_order;
+  const uint64_t table_entries =
+    (uint64_t) image->header->refcount_table_clusters *
+    (image->cluster_size / 8);
+  g_autofree uint8_t *block = g_try_malloc (image->cluster_size);
+
+  if (!block)
+    return qcow2_fail (error, ENOMEM, "no memory for a refcount block");
+  *used = 0;
+  for (uint64_t i = 0, done = 0;
+       i < table_entries && done < clusters && *used < limit;
+       ++i, done += per_block) {
+    if (count_in_block (image, io, i, MIN (per_block, clusters - done),
+                        block, used, error) == -1)
+      return -1;
+  }
+  return 0;
+}

@@ -1,0 +1,28 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* Reference counts ("Host cluster management"), reading side. */
+
+#ifndef QCOW2_REFCOUNT_H
+#define QCOW2_REFCOUNT_H
+
+#include <stdint.h>
+
+#include <glib.h>
+
+#include "qcow2/image.h"
+
+/* Count the clusters of the container that are in use (whose refcount is
+ * not 0), but stop as soon as limit of them were found.  Returns 0, or
+ * -1 with error set.
+ */
+extern int qcow2_refcount_count_used (const struct qcow2_image *image,
+                                      const struct qcow2_io *io,
+                                      uint64_t limit, uint64_t *used,
+                                      GError **error);
+
+#endif /* QCOW2_REFCOUNT_H */

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-qcow2-filters authors
+
+# The sources of the library, for common/ itself and for tests/fuzz,
+# which compiles them once more, instrumented.
+
+common_sources = \
+	qcow2/cache.c \
+	qcow2/codec.c \
+	qcow2/error.c \
+	qcow2/header.c \
+	qcow2/image.c \
+	qcow2/io.c \
+	qcow2/mapping.c \
+	qcow2/refcount.c \
+	qcow2/snapshot.c \
+	$(NULL)
+
+common_headers = \
+	qcow2/cache.h \
+	qcow2/codec.h \
+	qcow2/error.h \
+	qcow2/format.h \
+	qcow2/header.h \
+	qcow2/image.h \
+	qcow2/io.h \
+	qcow2/mapping.h \
+	qcow2/refcount.h \
+	qcow2/snapshot.h \
+	$(NULL)

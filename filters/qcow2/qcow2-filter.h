@@ -1,0 +1,135 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* What the files of the qcow2 filter share.
+ *
+ *    qcow2.c    parameters and callbacks
+ *    start.c    the check of a local image before the server starts
+ *    layer.c    the layer below, as a qcow2_io
+ *    disk.c     the images that are open, one for each disk below
+ *    names.c    export names
+ *    read.c     reading and prefetching data
+ *    extents.c  block status
+ */
+
+#ifndef QCOW2_FILTER_H
+#define QCOW2_FILTER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include <glib.h>
+
+#include <nbdkit-filter.h>
+
+#include "qcow2/image.h"
+#include "qcow2/io.h"
+
+/* Parameters, constant from .get_ready on. */
+struct config {
+  char *snapshot;               /* serve this one as BASE, or NULL */
+  uint64_t cache_size;
+  bool each_export;             /* each export below is a disk of its own */
+  char *file;                   /* a local file which may be the container */
+  unsigned files;               /* how often file= was given */
+  bool other_keys;              /* the layers below have other parameters */
+  bool moved;                   /* one of them selects a part of the file */
+};
+extern struct config config;
+
+/* layer.c: the layer below, seen through one nbdkit context. */
+struct layer {
+  struct qcow2_io io;           /* pass this to the qcow2 module */
+  nbdkit_next *next;
+  uint64_t size;
+  uint32_t minimum;             /* all requests are multiples of this */
+  uint32_t maximum;             /* and none is larger than this */
+  bool can_extents;
+  bool can_cache;
+};
+
+/* next must have been prepared.  Errors were reported by nbdkit. */
+extern int layer_init (struct layer *layer, nbdkit_next *next);
+
+/* disk.c */
+
+/* The first bytes of a container, to tell one from another. */
+#define DISK_HEAD 512
+
+/* A container below us.  One image object serves all connections that
+ * use it at the same time.  When the last of them goes it is closed, and
+ * opened afresh for the next, which so sees what others did to it.
+ */
+struct disk;
+
+/* Use the image in layer, which is BASE base below us.  On failure
+ * returns NULL with error set.
+ */
+extern struct disk *disk_open (const char *base, const struct layer *layer,
+                               GError **error);
+extern void disk_close (struct disk *disk);
+
+/* Valid until disk_close. */
+extern struct qcow2_image *disk_image (const struct disk *disk);
+
+/* True if most of the container's clusters were only reserved when it
+ * was made (preallocation=metadata), so that it is worth asking the
+ * layer below which data clusters are holes.
+ */
+extern bool disk_is_preallocated (struct disk *disk,
+                                  const struct layer *layer);
+
+/* The snapshots of a disk when it was last opened, or NULL.  Unref the
+ * result.
+ */
+extern GPtrArray *disk_last_snapshots (const char *base);
+
+/* Forget all disks, none of which may be open. */
+extern void disk_forget_all (void);
+
+/* Is the image one that the parameters allow us to serve? */
+extern int disk_check_permitted (const struct qcow2_header *header,
+                                 GError **error);
+
+/* start.c: check a local image as far as that is possible before the
+ * server starts.  On failure the reason was reported.
+ */
+extern int start_check (void);
+
+/* names.c */
+extern void name_split (const char *exportname, char **base,
+                        char **snapshot);
+extern char *name_describe (const struct qcow2_snapshot *snapshot);
+
+/* Add the snapshots of all exports in below to exports. */
+extern int name_list (const struct nbdkit_exports *below,
+                      struct nbdkit_exports *exports);
+
+/* A connection. */
+struct handle {
+  char *base, *snapshot;        /* parts of the export name; the 2nd or NULL */
+  char *description;            /* of a snapshot */
+  struct layer layer;
+  struct disk *disk;
+  struct qcow2_view view;
+};
+
+/* read.c.  Errors are in error, and not yet reported. */
+extern int read_range (struct handle *h, void *buf, uint32_t count,
+                       uint64_t offset, GError **error);
+extern int prefetch_range (struct handle *h, uint32_t count, uint64_t offset,
+                           GError **error);
+
+/* extents.c, likewise. */
+extern int extents_range (struct handle *h, uint32_t count, uint64_t offset,
+                          bool only_one, struct nbdkit_extents *extents,
+                          GError **error);
+
+/* qcow2.c: -D qcow2.verbose=1 */
+extern int qcow2_debug_verbose;
+
+#endif /* QCOW2_FILTER_H */

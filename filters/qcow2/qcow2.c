@@ -1,0 +1,450 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* nbdkit-qcow2-filter: serves the disk inside a qcow2 image.
+ *
+ * The container is whatever the layer below serves.  The qcow2 module in
+ * common/qcow2 understands the format; the other files of this directory
+ * connect it to nbdkit (see qcow2-filter.h).
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qcow2/error.h"
+
+#include "qcow2-filter.h"
+
+#define DEFAULT_CACHE_SIZE (UINT64_C (64) << 20)
+
+struct config config = { .cache_size = DEFAULT_CACHE_SIZE };
+
+NBDKIT_DLL_PUBLIC int qcow2_debug_verbose;
+
+/* Times that the filter stands in the chain. */
+static unsigned loaded;
+
+static void
+qcow2_load (void)
+{
+  loaded++;
+}
+
+static void
+qcow2_unload (void)
+{
+  if (--loaded > 0)
+    return;
+  g_clear_pointer (&config.snapshot, g_free);
+  g_clear_pointer (&config.file, free);
+}
+
+/* Parameters. */
+
+/* A policy for names of other files found in the image. */
+static int
+parse_refuse (const char *key, const char *value)
+{
+  if (strcmp (value, "refuse") == 0)
+    return 0;
+  nbdkit_error ("%s: \"%s\" is not a known value; this version of the filter "
+                "knows only %s=refuse", key, value, key);
+  return -1;
+}
+
+static int
+parse_cache_size (const char *value)
+{
+  const int64_t size = nbdkit_parse_size (value);
+
+  if (size == -1)
+    return -1;
+  if ((uint64_t) size > SIZE_MAX / 2) {
+    nbdkit_error ("qcow2-cache-size: %s is too large", value);
+    return -1;
+  }
+  config.cache_size = size;
+  return 0;
+}
+
+static int
+parse_exports (const char *value)
+{
+  if (strcmp (value, "each") == 0)
+    config.each_export = true;
+  else if (strcmp (value, "one") == 0)
+    config.each_export = false;
+  else {
+    nbdkit_error ("exports: \"%s\" is not a known value; "
+                  "use exports=one or exports=each", value);
+    return -1;
+  }
+  return 0;
+}
+
+static int
+parse_snapshot (const char *value)
+{
+  if (!*value) {
+    nbdkit_error ("qcow2-snapshot: the name or ID of a snapshot is missing");
+    return -1;
+  }
+  g_free (config.snapshot);
+  config.snapshot = g_strdup (value);
+  return 0;
+}
+
+/* Parameters of the layers below that tell us something about them. */
+static int
+note_other_key (const char *key, const char *value)
+{
+  static const char *const moving[] = {
+    "offset", "range", "partition", "tar-entry", "ext2file", NULL
+  };
+  static const char *const several[] = { "dir", "directory", "dirfd", NULL };
+
+  if (strcmp (key, "file") == 0) {
+    free (config.file);
+    config.file = nbdkit_absolute_path (value);
+    config.files++;
+    return config.file ? 0 : -1;
+  }
+  config.other_keys = true;
+  config.moved |= g_strv_contains (moving, key);
+  config.each_export |= g_strv_contains (several, key);
+  return 0;
+}
+
+static int
+qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
+              const char *key, const char *value)
+{
+  if (strcmp (key, "qcow2-snapshot") == 0)
+    return parse_snapshot (value);
+  if (strcmp (key, "qcow2-cache-size") == 0)
+    return parse_cache_size (value);
+  if (strcmp (key, "qcow2-backing") == 0 ||
+      strcmp (key, "qcow2-data-file") == 0)
+    return parse_refuse (key, value);
+  if (strcmp (key, "exports") == 0)
+    return parse_exports (value);
+
+  if (note_other_key (key, value) == -1)
+    return -1;
+  return next (nxdata, key, value);
+}
+
+#define qcow2_config_help                                               \
+  "qcow2-snapshot=NAME       Serve this internal snapshot.\n"           \
+  "qcow2-cache-size=SIZE     Memory for caches (default 64M).\n"        \
+  "qcow2-backing=refuse      Refuse images with a backing file.\n"      \
+  "qcow2-data-file=refuse    Refuse images with an external data file.\n" \
+  "exports=one|each          Whether each export below is an image\n"   \
+  "                          of its own (default: as the plugin's dir\n" \
+  "                          parameter says)."
+
+static int
+qcow2_config_complete (nbdkit_next_config_complete *next,
+                       nbdkit_backend *nxdata)
+{
+  if (loaded > 1) {
+    nbdkit_error ("the qcow2 filter can be used only once in a chain");
+    return -1;
+  }
+  return next (nxdata);
+}
+
+static int
+qcow2_get_ready (int thread_model)
+{
+  return start_check ();
+}
+
+/* Read the list of snapshots, so that it can be shown before the first
+ * connection.  Failure is not ours to report to anyone but the log: each
+ * connection will try again.
+ */
+static int
+read_snapshots (nbdkit_next *next)
+{
+  g_autoptr (GError) error = NULL;
+  struct layer layer;
+  struct disk *disk;
+
+  if (layer_init (&layer, next) == -1)
+    return -1;
+  disk = disk_open ("", &layer, &error);
+  if (!disk) {
+    nbdkit_error ("%s", error->message);
+    return -1;
+  }
+  disk_close (disk);
+  return 0;
+}
+
+static int
+qcow2_after_fork (nbdkit_backend *backend)
+{
+  nbdkit_next *next;
+
+  /* There is no disk to be opened without a name, and some versions of
+   * nbdkit do not allow to open one with a name here.
+   */
+  if (config.each_export)
+    return 0;
+
+  next = nbdkit_next_context_open (backend, 1, "", 1);
+  if (!next)
+    return 0;
+  if (next->prepare (next) == 0) {
+    read_snapshots (next);
+    next->finalize (next);
+  }
+  nbdkit_next_context_close (next);
+  return 0;
+}
+
+static void
+qcow2_cleanup (nbdkit_backend *backend)
+{
+  disk_forget_all ();
+}
+
+/* Exports. */
+
+static int
+qcow2_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+                    int readonly, int is_tls, struct nbdkit_exports *exports)
+{
+  struct nbdkit_exports *below = nbdkit_exports_new ();
+  int r = -1;
+
+  if (!below)
+    return -1;
+  if (next (nxdata, 1, below) == 0)
+    r = name_list (below, exports);
+  nbdkit_exports_free (below);
+  return r;
+}
+
+static const char *
+qcow2_export_description (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->description ? h->description : next->export_description (next);
+}
+
+/* Connections. */
+
+static void *
+qcow2_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
+            const char *exportname, int is_tls)
+{
+  struct handle *h = g_new0 (struct handle, 1);
+
+  name_split (exportname, &h->base, &h->snapshot);
+  if (next (context, 1, h->base) == -1) {
+    g_free (h->base);
+    g_free (h->snapshot);
+    g_free (h);
+    return NULL;
+  }
+  return h;
+}
+
+static void
+qcow2_close (void *handle)
+{
+  struct handle *h = handle;
+
+  if (h->disk)
+    disk_close (h->disk);
+  g_free (h->description);
+  g_free (h->base);
+  g_free (h->snapshot);
+  g_free (h);
+}
+
+static int
+choose_view (struct handle *h, GError **error)
+{
+  const struct qcow2_image *image = disk_image (h->disk);
+  const struct qcow2_snapshot *sn;
+
+  if (!h->snapshot) {
+    qcow2_image_active_view (image, &h->view);
+    return 0;
+  }
+  sn = qcow2_snapshots_find (image->snapshots, h->snapshot);
+  if (!sn) {
+    g_autofree char *name = g_strescape (h->snapshot, NULL);
+
+    return qcow2_fail (error, ENOENT, "the image has no snapshot with the "
+                       "name or ID \"%s\"", name);
+  }
+  h->description = name_describe (sn);
+  return qcow2_image_snapshot_view (image, sn, &h->view, error);
+}
+
+static int
+qcow2_prepare (nbdkit_next *next, void *handle, int readonly)
+{
+  struct handle *h = handle;
+  g_autoptr (GError) error = NULL;
+
+  if (layer_init (&h->layer, next) == -1)
+    return -1;
+  h->disk = disk_open (h->base, &h->layer, &error);
+  if (!h->disk || choose_view (h, &error) == -1) {
+    nbdkit_error ("%s%s%s", config.file ? config.file : "",
+                  config.file ? ": " : "", error->message);
+    return -1;
+  }
+  return 0;
+}
+
+static int64_t
+qcow2_get_size (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->view.size;
+}
+
+static int
+qcow2_block_size (nbdkit_next *next, void *handle, uint32_t *minimum,
+                  uint32_t *preferred, uint32_t *maximum)
+{
+  const struct handle *h = handle;
+
+  *minimum = 1;
+  *preferred = disk_image (h->disk)->cluster_size;
+  *maximum = UINT32_MAX;
+  return 0;
+}
+
+/* Images are only read. */
+static int
+qcow2_no (nbdkit_next *next, void *handle)
+{
+  return 0;
+}
+
+/* Nothing that one connection does is visible to another, and we answer
+ * for extents whatever the layer below can.
+ */
+static int
+qcow2_yes (nbdkit_next *next, void *handle)
+{
+  return 1;
+}
+
+static int
+qcow2_can_cache (nbdkit_next *next, void *handle)
+{
+  return NBDKIT_CACHE_NATIVE;
+}
+
+/* Requests. */
+
+static int
+fail_request (const GError *error, int *err)
+{
+  nbdkit_error ("%s", error->message);
+  *err = error->code;
+  return -1;
+}
+
+static int
+qcow2_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
+             uint64_t offset, uint32_t flags, int *err)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (read_range (handle, buf, count, offset, &error) == -1)
+    return fail_request (error, err);
+  return 0;
+}
+
+static int
+qcow2_extents (nbdkit_next *next, void *handle, uint32_t count,
+               uint64_t offset, uint32_t flags,
+               struct nbdkit_extents *extents, int *err)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (extents_range (handle, count, offset, flags & NBDKIT_FLAG_REQ_ONE,
+                     extents, &error) == -1)
+    return fail_request (error, err);
+  return 0;
+}
+
+static int
+qcow2_cache_range (nbdkit_next *next, void *handle, uint32_t count,
+                   uint64_t offset, uint32_t flags, int *err)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (prefetch_range (handle, count, offset, &error) == -1)
+    return fail_request (error, err);
+  return 0;
+}
+
+#ifdef HAVE_FILTER_DUMP_PLUGIN
+static void
+qcow2_dump_plugin (void)
+{
+#ifdef HAVE_LIBDEFLATE
+  printf ("qcow2_libdeflate=yes\n");
+#endif
+#ifdef HAVE_LIBZSTD
+  printf ("qcow2_zstd=yes\n");
+#endif
+}
+#endif
+
+static struct nbdkit_filter filter = {
+  .name = "qcow2",
+  .longname = "nbdkit qcow2 filter",
+  .description = "Serves the disk inside a qcow2 image.",
+  .load = qcow2_load,
+  .unload = qcow2_unload,
+  .config = qcow2_config,
+  .config_complete = qcow2_config_complete,
+  .config_help = qcow2_config_help,
+#ifdef HAVE_FILTER_DUMP_PLUGIN
+  .dump_plugin = qcow2_dump_plugin,
+#endif
+  .get_ready = qcow2_get_ready,
+  .after_fork = qcow2_after_fork,
+  .cleanup = qcow2_cleanup,
+  .list_exports = qcow2_list_exports,
+  .open = qcow2_open,
+  .close = qcow2_close,
+  .prepare = qcow2_prepare,
+  .get_size = qcow2_get_size,
+  .export_description = qcow2_export_description,
+  .block_size = qcow2_block_size,
+  .can_write = qcow2_no,
+  .can_flush = qcow2_no,
+  .can_trim = qcow2_no,
+  .can_zero = qcow2_no,
+  .can_fast_zero = qcow2_no,
+  .can_fua = qcow2_no,
+  .can_extents = qcow2_yes,
+  .can_multi_conn = qcow2_yes,
+  .can_cache = qcow2_can_cache,
+  .pread = qcow2_pread,
+  .extents = qcow2_extents,
+  .cache = qcow2_cache_range,
+};
+
+NBDKIT_REGISTER_FILTER (filter)
