@@ -31,8 +31,7 @@ check_supported (const struct qcow2_header *header, GError **error)
 }
 
 struct qcow2_image *
-qcow2_image_open (const struct qcow2_io *io, uint64_t cache_size,
-                  GError **error)
+qcow2_image_open (const struct qcow2_io *io, GError **error)
 {
   struct qcow2_image *image = g_new0 (struct qcow2_image, 1);
 
@@ -45,13 +44,21 @@ qcow2_image_open (const struct qcow2_io *io, uint64_t cache_size,
 
   image->cluster_size = UINT32_C (1) << image->header->cluster_bits;
   image->slice_size = MIN (image->cluster_size, SLICE_SIZE);
-  image->tables = qcow2_cache_new (image->slice_size, cache_size / 2);
-  image->clusters = qcow2_cache_new (image->cluster_size, cache_size / 2);
+  qcow2_image_set_cache_size (image, 0);
   return image;
 
  error:
   qcow2_image_close (image);
   return NULL;
+}
+
+void
+qcow2_image_set_cache_size (struct qcow2_image *image, uint64_t cache_size)
+{
+  qcow2_cache_free (image->clusters);
+  qcow2_cache_free (image->tables);
+  image->tables = qcow2_cache_new (image->slice_size, cache_size / 2);
+  image->clusters = qcow2_cache_new (image->cluster_size, cache_size / 2);
 }
 
 void

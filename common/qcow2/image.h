@@ -7,9 +7,9 @@
 
 /* A qcow2 image, opened for reading.
  *
- * The object is immutable but for its caches, which lock for themselves:
- * all functions that take an image may be called from many threads, each
- * with its own qcow2_io over the same container.
+ * Once it is set up the object is immutable but for its caches, which
+ * lock for themselves: functions that take an image may be called from
+ * many threads, each with its own qcow2_io over the same container.
  */
 
 #ifndef QCOW2_IMAGE_H
@@ -40,15 +40,20 @@ struct qcow2_view {
   uint32_t l1_entries;
 };
 
-/* Open the image in io, which is not kept.  cache_size (bytes) bounds
- * the memory for tables and decompressed clusters, half for each.
+/* Open the image in io, which is not kept.  Its caches are empty and
+ * have no room.
  *
  * Fails if the header or the snapshot table is bad or if the image needs
  * something this build does not have.  Returns NULL with error set.
  */
 extern struct qcow2_image *qcow2_image_open (const struct qcow2_io *io,
-                                             uint64_t cache_size,
                                              GError **error);
+
+/* Bound the memory (bytes) for tables and decompressed clusters, half
+ * for each.  Empties the caches, so nothing of the image may be in use.
+ */
+extern void qcow2_image_set_cache_size (struct qcow2_image *image,
+                                        uint64_t cache_size);
 
 /* Nothing of the image may be in use. */
 extern void qcow2_image_close (struct qcow2_image *image);

@@ -107,21 +107,41 @@ cluster_offset (const struct position *pos, uint64_t entry, uint64_t *offset,
   return 0;
 }
 
-static void
-describe_compressed (const struct qcow2_image *image, uint64_t entry,
-                     struct qcow2_run *run)
+static int
+describe_compressed (const struct position *pos, uint64_t entry,
+                     struct qcow2_run *run, GError **error)
 {
   /* Bits 0 to x-1 are the offset in bytes, bits x to 61 the number of
    * 512-byte sectors beyond the one in which the offset lies.
    */
-  const unsigned x = 62 - (image->header->cluster_bits - 8);
+  const unsigned x = 62 - (pos->image->header->cluster_bits - 8);
   const uint64_t sectors =
     (entry & (QCOW2_L2_COMPRESSED - 1)) >> x;
 
+  if (has_data_file (pos))
+    return damaged_l2 (pos, entry, "is for a compressed cluster, which "
+                       "cannot be in an external data file", error);
   run->type = QCOW2_RUN_COMPRESSED;
   run->host_offset = entry & ((UINT64_C (1) << x) - 1);
   run->host_length = (sectors + 1) * 512 - (run->host_offset & 511);
   run->descriptor = entry & (QCOW2_L2_COMPRESSED - 1);
+  return 0;
+}
+
+static gboolean
+has_data_file (const struct position *pos)
+{
+  return !!(pos->image->header->incompatible & QCOW2_INCOMPAT_DATA_FILE);
+}
+
+/* Offset 0 means that there is no cluster, except in an external data
+ * file, where the first cluster is as good as any other: there the
+ * copied flag tells.
+ */
+static gboolean
+has_cluster (const struct position *pos, uint64_t entry, uint64_t offset)
+{
+  return offset || (has_data_file (pos) && (entry & QCOW2_ENTRY_COPIED));
 }
 
 /* Classify a standard cluster of which begin is the first byte wanted. */
@@ -129,10 +149,8 @@ static int
 classify_cluster (const struct position *pos, uint64_t entry, uint64_t begin,
                   struct qcow2_run *run, GError **error)
 {
-  if (entry & QCOW2_L2_COMPRESSED) {
-    describe_compressed (pos->image, entry, run);
-    return 0;
-  }
+  if (entry & QCOW2_L2_COMPRESSED)
+    return describe_compressed (pos, entry, run, error);
   if ((entry & QCOW2_L2_ZERO) && pos->image->header->version < 3)
     return damaged_l2 (pos, entry, "has the zero flag, which version 2 does "
                        "not have", error);
@@ -142,7 +160,8 @@ classify_cluster (const struct position *pos, uint64_t entry, uint64_t begin,
     run->type =
       run->host_offset ? QCOW2_RUN_ZERO_ALLOCATED : QCOW2_RUN_ZERO;
   else
-    run->type = run->host_offset ? QCOW2_RUN_DATA : QCOW2_RUN_UNALLOCATED;
+    run->type = has_cluster (pos, entry, run->host_offset) ?
+      QCOW2_RUN_DATA : QCOW2_RUN_UNALLOCATED;
   run->host_offset += begin;
   return 0;
 }
@@ -160,7 +179,7 @@ classify_subcluster (const struct position *pos, uint64_t entry,
   if (allocated & zeroes)
     return damaged_l2 (pos, entry, "has a subcluster that is both allocated "
                        "and zero", error);
-  if (allocated && !run->host_offset)
+  if (allocated && !has_cluster (pos, entry, run->host_offset))
     return damaged_l2 (pos, entry, "has allocated subclusters but no offset",
                        error);
   if (allocated & (UINT32_C (1) << sub))
@@ -205,8 +224,7 @@ extended_piece (const struct position *pos, const uint8_t *p, uint32_t begin,
 
   if (entry & QCOW2_L2_COMPRESSED) {
     piece->length = pos->image->cluster_size - begin;
-    describe_compressed (pos->image, entry, piece);
-    return 0;
+    return describe_compressed (pos, entry, piece, error);
   }
 
   if (classify_subcluster (pos, entry, bitmap, sub, piece, error) == -1)

@@ -31,8 +31,8 @@ struct qcow2_run {
   enum qcow2_run_type type;
   uint64_t length;              /* of the range on the disk */
 
-  /* DATA: where the range's first byte is in the container; the others
-   * follow it.  COMPRESSED: where the cluster's compressed data begins,
+  /* DATA: where the range's first byte is in the container, or in the
+   * external data file if there is one; the others follow it.  COMPRESSED: where the cluster's compressed data begins,
    * and how many bytes of the container it may extend over.
    */
   uint64_t host_offset;

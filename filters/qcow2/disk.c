@@ -179,7 +179,7 @@ open_image (struct disk *disk, const struct layer *layer, GError **error)
 
   if (read_head (layer, disk->head, error) == -1)
     return -1;
-  image = qcow2_image_open (&layer->io, config.cache_size, error);
+  image = qcow2_image_open (&layer->io, error);
   if (!image)
     return -1;
   if (disk_check_permitted (image->header, error) == -1) {
@@ -187,6 +187,7 @@ open_image (struct disk *disk, const struct layer *layer, GError **error)
     return -1;
   }
 
+  qcow2_image_set_cache_size (image, config.cache_size);
   log_image (disk, image->header);
   disk->image = image;
   disk->size = layer->size;

@@ -123,7 +123,7 @@ check_snapshot (const struct qcow2_image *image, GError **error)
 static int
 check_image (const struct file *file, GError **error)
 {
-  struct qcow2_image *image = qcow2_image_open (&file->io, 0, error);
+  struct qcow2_image *image = qcow2_image_open (&file->io, error);
   int r = -1;
 
   if (image && disk_check_permitted (image->header, error) == 0)
