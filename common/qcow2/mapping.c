@@ -95,6 +95,12 @@ damaged_l2 (const struct position *pos, uint64_t entry, const char *why,
                      entry, pos->offset, pos->l2_offset, why);
 }
 
+static gboolean
+has_data_file (const struct position *pos)
+{
+  return !!(pos->image->header->incompatible & QCOW2_INCOMPAT_DATA_FILE);
+}
+
 /* Host offset of a standard cluster, which must be aligned. */
 static int
 cluster_offset (const struct position *pos, uint64_t entry, uint64_t *offset,
@@ -126,12 +132,6 @@ describe_compressed (const struct position *pos, uint64_t entry,
   run->host_length = (sectors + 1) * 512 - (run->host_offset & 511);
   run->descriptor = entry & (QCOW2_L2_COMPRESSED - 1);
   return 0;
-}
-
-static gboolean
-has_data_file (const struct position *pos)
-{
-  return !!(pos->image->header->incompatible & QCOW2_INCOMPAT_DATA_FILE);
 }
 
 /* Offset 0 means that there is no cluster, except in an external data
