@@ -288,7 +288,7 @@ scan_l2_slice (const struct position *pos, const struct slice *slice,
 /* The run of unallocated L1 entries at pos. */
 static void
 scan_l1_slice (const struct position *pos, const struct slice *slice,
-               unsigned l1_shift, struct qcow2_run *run, gboolean *more)
+               unsigned l1_shift, struct qcow2_run *run)
 {
   const uint64_t begin = pos->offset & ((UINT64_C (1) << l1_shift) - 1);
   uint64_t i = 1;
@@ -298,7 +298,6 @@ scan_l1_slice (const struct position *pos, const struct slice *slice,
          !(qcow2_be64 (slice->entries + i * 8) & QCOW2_ENTRY_OFFSET_MASK))
     i++;
   run->length = (i << l1_shift) - begin;
-  *more = i == slice->count;
 }
 
 /* One step: the run at pos as far as one slice tells. */
@@ -320,8 +319,11 @@ step (struct position *pos, const struct qcow2_view *view,
     return -1;
   slice.count = MIN (slice.count, view->l1_entries - l1_index);
   pos->l2_offset = qcow2_be64 (slice.entries) & QCOW2_ENTRY_OFFSET_MASK;
-  if (!pos->l2_offset)
-    scan_l1_slice (pos, &slice, l1_shift, run, more);
+  if (!pos->l2_offset) {
+    scan_l1_slice (pos, &slice, l1_shift, run);
+    /* An L2 table, too, may begin with unallocated clusters. */
+    *more = TRUE;
+  }
   qcow2_cache_put (&slice.ref);
   if (!pos->l2_offset)
     return 0;
