@@ -86,7 +86,7 @@ find_nbdkit ()
 # Say what comes next.
 say ()
 {
-    printf '\n* %s\n' "$*"
+    printf '\n* %s\n' "$*" | fold -s -w 78
 }
 
 # Show a command and what it says, indented.
@@ -101,6 +101,15 @@ show ()
     done
     printf '    $%s\n' "$line"
     "$@" 2>&1 | sed 's/^/    /' || die "that failed"
+}
+
+# The same for the lines of the output that match $1.
+show_lines ()
+{
+    local lines=$1
+    shift
+    show "$@" > "$tmp/shown"
+    sed -E "1s/\$/ | grep -E '$lines'/; 1!{/$lines/!d}" "$tmp/shown"
 }
 
 # Serve image $1 on the Unix socket $socket.
@@ -177,11 +186,11 @@ read_note ()
     debugfs -R 'cat /note.txt' "$1" 2>/dev/null | sed 's/ *$//'
 }
 
-# A large file among those in the image, as a path inside it.
+# A large program among the files in the image, as a path inside it.
 choose_file ()
 {
-    (cd files && find . -type f -printf '%s %p\n') |
-        sort -rn | sed -n '1s/^[0-9]* \.//p'
+    (cd files && find usr/bin usr -type f -printf '%H %s /%p\n' 2>/dev/null) |
+        sort -k1,1r -k2,2nr | sed -n '1s/^[^ ]* [0-9]* //p'
 }
 
 compare_with_qemu ()
@@ -228,7 +237,7 @@ demo ()
     serve disk.qcow2
     say "What an NBD client sees: the disk inside the image, and one more" \
         "export for the snapshot."
-    show "$nbdinfo" --list "$(uri '')"
+    show_lines 'export|description' "$nbdinfo" --list "$(uri '')"
     say "Which parts of the disk hold data, and which need not be copied:"
     show "$nbdinfo" --map --totals "$(uri '')"
     say "Copying the disk and the snapshot:"
