@@ -86,6 +86,7 @@ class Bench:
         self.library = library
         self.notes = []
         self.verified = set()
+        self.bystanders = tools.Bystanders()
         self.contenders = self.available()
 
     def available(self):
@@ -181,6 +182,8 @@ class Bench:
         yield (f"{self.library.size >> 20} MiB of the files in {images.ROOT}, "
                f"images in {where} ({tools.filesystem(where)}), "
                f"{self.opts.repetitions} repetitions")
+        yield ("other programs meanwhile used "
+               f"{self.bystanders.share():.1%} of the CPUs' time")
 
     def explanations(self, measured):
         """What the table's words stand for."""

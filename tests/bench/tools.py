@@ -87,6 +87,30 @@ def machine():
             f"Linux {os.uname().release}")
 
 
+class Bystanders:
+    """How much CPU time other programs took while we measured: where it
+    is not next to nothing, the figures are worth little."""
+
+    def __init__(self):
+        self.start = self.now()
+
+    @staticmethod
+    def now():
+        """Seconds of the machine, busy and in all, and of our children."""
+        with open("/proc/stat", encoding="utf-8") as f:
+            fields = [int(field) for field in f.readline().split()[1:9]]
+        ticks = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        ours = os.times()
+        return ((sum(fields) - idle) / ticks, sum(fields) / ticks,
+                sum(ours[:4]))
+
+    def share(self):
+        """Since the start, of the time that all CPUs had."""
+        busy, total, ours = (b - a for a, b in zip(self.start, self.now()))
+        return max(busy - ours, 0) / max(total, 0.01)
+
+
 def versions():
     """The versions of everything that takes part."""
     return [first_line(program(name) + ["--version"])
