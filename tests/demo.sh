@@ -167,7 +167,7 @@ make_image ()
     local block
     collect_files
     note "before" > files/note.txt
-    truncate -s 256M fs.raw
+    truncate -s 128M fs.raw
     mkfs.ext4 -q -F -b 4096 -L demo -d files fs.raw
     "$qemu_img" convert -f raw -O qcow2 -c fs.raw disk.qcow2
     "$qemu_img" snapshot -c before disk.qcow2
