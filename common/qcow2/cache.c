@@ -33,6 +33,11 @@
 #include "qcow2/cache.h"
 #include "qcow2/error.h"
 
+/* More blocks than that are not kept track of, however large the cache
+ * may be: what tracks them takes memory from the start.
+ */
+#define MAX_BLOCKS (1U << 20)
+
 #define WAYS 8
 #define SHARDS 16
 #define UNAVAILABLE INT_MIN
@@ -62,7 +67,7 @@ struct qcow2_cache *
 qcow2_cache_new (size_t block_size, size_t max_bytes)
 {
   struct qcow2_cache *cache = g_new0 (struct qcow2_cache, 1);
-  const size_t blocks = max_bytes / block_size;
+  const size_t blocks = MIN (max_bytes / block_size, MAX_BLOCKS);
 
   cache->block_size = block_size;
   cache->ways = MIN (blocks, WAYS);

@@ -37,8 +37,9 @@ struct qcow2_cache_ref {
 typedef int (*qcow2_cache_load) (void *opaque, uint64_t key, void *data,
                                  GError **error);
 
-/* A cache of at most max_bytes / block_size blocks.  Their memory is
- * taken when they are first used.  A cache of no blocks is allowed.
+/* A cache of at most max_bytes / block_size blocks, and a million.  Their
+ * memory is taken when they are first used.  A cache of no blocks is
+ * allowed.
  */
 extern struct qcow2_cache *qcow2_cache_new (size_t block_size,
                                             size_t max_bytes);
