@@ -7,7 +7,7 @@ dnl clang only warns about flags that it does not know.
 AC_DEFUN([QF_APPEND_CFLAG], [
     AC_MSG_CHECKING([whether $CC accepts $2])
     qf_save_CFLAGS=$CFLAGS
-    CFLAGS="$CFLAGS -Werror $2"
+    CFLAGS="$CFLAGS $$1 -Werror $2"
     AC_COMPILE_IFELSE([AC_LANG_PROGRAM], [
         AC_MSG_RESULT([yes])
         AS_VAR_APPEND([$1], [" $2"])

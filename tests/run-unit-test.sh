@@ -20,13 +20,13 @@ fi
 case "$SANITIZER" in
   address)
     # Absurd sizes in images must be refused by us, not by the allocator.
-    ASAN_OPTIONS="allocator_may_return_null=1${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
-    LSAN_OPTIONS="print_suppressions=0:suppressions=$abs_top_srcdir/tests/lsan.supp${LSAN_OPTIONS:+:$LSAN_OPTIONS}"
-    UBSAN_OPTIONS="print_stacktrace=1${UBSAN_OPTIONS:+:$UBSAN_OPTIONS}"
+    ASAN_OPTIONS="allocator_may_return_null=1:$ASAN_OPTIONS"
+    LSAN_OPTIONS="print_suppressions=0:suppressions=$abs_top_srcdir/tests/lsan.supp:$LSAN_OPTIONS"
+    UBSAN_OPTIONS="print_stacktrace=1:$UBSAN_OPTIONS"
     G_SLICE=always-malloc
     export ASAN_OPTIONS LSAN_OPTIONS UBSAN_OPTIONS G_SLICE ;;
   thread)
-    TSAN_OPTIONS="ignore_noninstrumented_modules=1:suppressions=$abs_top_srcdir/tests/tsan.supp${TSAN_OPTIONS:+:$TSAN_OPTIONS}"
+    TSAN_OPTIONS="ignore_noninstrumented_modules=1:suppressions=$abs_top_srcdir/tests/tsan.supp:$TSAN_OPTIONS"
     export TSAN_OPTIONS ;;
 esac
 
