@@ -30,4 +30,5 @@ case "$SANITIZER" in
     export TSAN_OPTIONS ;;
 esac
 
-exec "$@" --tap
+# Several words, or none.
+exec $SANITIZER_LAUNCH "$@" --tap
