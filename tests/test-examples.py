@@ -129,6 +129,10 @@ class Fixtures:
         qf.qemu_img("snapshot", "-c", "before-upgrade", image)
         qf.qemu_io(image, ["write -q -P 0x5a 24M 256k"])
         shutil.copy(image, self.path("images/disk.qcow2"))
+        overlay = self.path("overlay.qcow2")
+        qf.run([qf.tool("qemu-img"), "create", "-q", "-f", "qcow2",
+                "-b", "disk.qcow2", "-F", "qcow2", overlay], cwd=self.dir)
+        qf.qemu_io(overlay, ["write -q -P 0xa5 1M 64k"])
         self.split(image)
         if qf.tool("xz"):
             qf.run([qf.tool("xz"), "-k", "-0", "--block-size=16MiB", image])
@@ -136,6 +140,7 @@ class Fixtures:
             "disk.raw": convert(image, os.path.join(tmp, "disk")),
             "snapshot.raw": convert(image, os.path.join(tmp, "snapshot"),
                                     "-l", "before-upgrade"),
+            "overlay.raw": convert(overlay, os.path.join(tmp, "overlay")),
             "hostname": HOSTNAME.encode(),
         }
         qf.check(self.results["disk.raw"] != self.results["snapshot.raw"],

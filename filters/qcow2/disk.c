@@ -16,30 +16,24 @@
 #include <config.h>
 
 #include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include "qcow2/codec.h"
 #include "qcow2/error.h"
-#include "qcow2/refcount.h"
 
 #include "qcow2-filter.h"
 
-enum preallocated { UNKNOWN, NO, YES };
+/* The first bytes of a container, to tell one from another. */
+#define HEAD 512
 
 struct disk {
   char *base;                   /* key in disks */
   unsigned refs;                /* under disks_lock; 0: may be forgotten */
 
   GMutex lock;                  /* for the rest; held while opening */
-  unsigned users;               /* connections that use image */
-  struct qcow2_image *image;
-  uint8_t head[DISK_HEAD];
+  unsigned users;               /* connections that use top */
+  struct node *top;
+  uint8_t head[HEAD];
   uint64_t size;                /* of the container */
-  enum preallocated preallocated;
   GPtrArray *snapshots;         /* NULL until first opened */
 };
 
@@ -51,7 +45,7 @@ disk_free (gpointer p)
 {
   struct disk *disk = p;
 
-  qcow2_image_close (disk->image);
+  chain_close (disk->top);
   if (disk->snapshots)
     g_ptr_array_unref (disk->snapshots);
   g_mutex_clear (&disk->lock);
@@ -105,96 +99,30 @@ disk_forget_all (void)
   g_clear_pointer (&disks, g_hash_table_unref);
 }
 
-/* A string from an image, fit for a message. */
-static char *
-printable (const char *s)
-{
-  return s ? g_strescape (s, NULL) : g_strdup ("(no name given)");
-}
-
-int
-disk_check_permitted (const struct qcow2_header *header, GError **error)
-{
-  if (header->crypt_method != QCOW2_CRYPT_NONE)
-    return qcow2_fail (error, ENOTSUP, "the image is encrypted (%s), and "
-                       "there is no qcow2-passphrase to read it with",
-                       header->crypt_method == QCOW2_CRYPT_LUKS ?
-                       "LUKS" : "legacy AES");
-  if (header->incompatible & QCOW2_INCOMPAT_DATA_FILE) {
-    g_autofree char *name = printable (header->data_file);
-
-    return qcow2_fail (error, EPERM, "the image keeps its data in the "
-                       "external data file \"%s\", which is not opened "
-                       "because of qcow2-data-file=refuse (the default)",
-                       name);
-  }
-  if (header->backing_file) {
-    g_autofree char *name = printable (header->backing_file);
-
-    return qcow2_fail (error, EPERM, "the image has the backing file \"%s\", "
-                       "which is not opened because of "
-                       "qcow2-backing=refuse (the default)", name);
-  }
-  return 0;
-}
-
 static int
 read_head (const struct layer *layer, uint8_t *head, GError **error)
 {
-  const size_t n = MIN (layer->size, DISK_HEAD);
+  const struct qcow2_io *io = &layer->source.io;
+  const size_t n = MIN (layer->limits.size, HEAD);
 
-  memset (head, 0, DISK_HEAD);
-  return n ? layer->io.pread (&layer->io, head, n, 0, error) : 0;
+  memset (head, 0, HEAD);
+  return n ? io->pread (io, head, n, 0, error) : 0;
 }
 
-static void
-log_image (const struct disk *disk, const struct qcow2_header *header)
-{
-  if (header->incompatible & QCOW2_INCOMPAT_CORRUPT)
-    nbdkit_error ("warning: the image is marked as corrupt: what is read "
-                  "from it may be wrong.  \"qemu-img check -r all\" may be "
-                  "able to repair it");
-  if (header->size % 512 != 0)
-    nbdkit_debug ("qcow2: the disk size %" PRIu64
-                  " is rounded down to a multiple of 512", header->size);
-  if (qcow2_debug_verbose)
-    nbdkit_debug ("qcow2: \"%s\": version %" PRIu32 ", %" PRIu64
-                  " bytes, cluster_bits %" PRIu32 ", compression %s, "
-                  "incompatible 0x%" PRIx64 ", compatible 0x%" PRIx64
-                  ", autoclear 0x%" PRIx64 ", L1 entries %" PRIu32
-                  ", snapshots %" PRIu32,
-                  disk->base, header->version, header->size,
-                  header->cluster_bits,
-                  qcow2_codec_name (header->compression),
-                  header->incompatible, header->compatible,
-                  header->autoclear, header->l1_entries,
-                  header->nr_snapshots);
-}
-
-/* The first user opens the image. */
+/* The first user opens the chain. */
 static int
-open_image (struct disk *disk, const struct layer *layer, GError **error)
+open_chain (struct disk *disk, struct layer *layer, nbdkit_backend *backend,
+            GError **error)
 {
-  struct qcow2_image *image;
-
   if (read_head (layer, disk->head, error) == -1)
     return -1;
-  image = qcow2_image_open (&layer->io, error);
-  if (!image)
+  disk->top = chain_open (&layer->source, backend, error);
+  if (!disk->top)
     return -1;
-  if (disk_check_permitted (image->header, error) == -1) {
-    qcow2_image_close (image);
-    return -1;
-  }
-
-  qcow2_image_set_cache_size (image, config.cache_size);
-  log_image (disk, image->header);
-  disk->image = image;
-  disk->size = layer->size;
-  disk->preallocated = UNKNOWN;
+  disk->size = layer->limits.size;
   if (disk->snapshots)
     g_ptr_array_unref (disk->snapshots);
-  disk->snapshots = g_ptr_array_ref (image->snapshots);
+  disk->snapshots = g_ptr_array_ref (disk->top->image->snapshots);
   return 0;
 }
 
@@ -203,11 +131,12 @@ static int
 check_same (const struct disk *disk, const struct layer *layer,
             GError **error)
 {
-  uint8_t head[DISK_HEAD];
+  uint8_t head[HEAD];
 
   if (read_head (layer, head, error) == -1)
     return -1;
-  if (layer->size != disk->size || memcmp (head, disk->head, DISK_HEAD) != 0)
+  if (layer->limits.size != disk->size ||
+      memcmp (head, disk->head, HEAD) != 0)
     return qcow2_fail (error, EINVAL, "this connection does not see the "
                        "image that others are using: either the image was "
                        "replaced, or the plugin serves another one for each "
@@ -216,13 +145,14 @@ check_same (const struct disk *disk, const struct layer *layer,
 }
 
 struct disk *
-disk_open (const char *base, const struct layer *layer, GError **error)
+disk_open (const char *base, struct layer *layer, nbdkit_backend *backend,
+           GError **error)
 {
   struct disk *disk = disk_ref (base);
   int r;
 
   g_mutex_lock (&disk->lock);
-  r = disk->users == 0 ? open_image (disk, layer, error) :
+  r = disk->users == 0 ? open_chain (disk, layer, backend, error) :
     check_same (disk, layer, error);
   if (r == 0)
     disk->users++;
@@ -240,15 +170,15 @@ disk_close (struct disk *disk)
 {
   g_mutex_lock (&disk->lock);
   if (--disk->users == 0)
-    g_clear_pointer (&disk->image, qcow2_image_close);
+    g_clear_pointer (&disk->top, chain_close);
   g_mutex_unlock (&disk->lock);
   disk_unref (disk);
 }
 
-struct qcow2_image *
-disk_image (const struct disk *disk)
+struct node *
+disk_top (const struct disk *disk)
 {
-  return disk->image;
+  return disk->top;
 }
 
 GPtrArray *
@@ -262,63 +192,5 @@ disk_last_snapshots (const char *base)
     result = g_ptr_array_ref (disk->snapshots);
   g_mutex_unlock (&disk->lock);
   disk_unref (disk);
-  return result;
-}
-
-/* Space that the local file takes, if it is the container: its size and
- * its first bytes tell.  False if it is not, or there is no such file.
- */
-static bool
-local_allocation (const struct disk *disk, uint64_t *bytes)
-{
-  uint8_t head[DISK_HEAD] = { 0 };
-  struct stat st;
-  int fd;
-  bool same;
-
-  if (!config.file || config.files != 1)
-    return false;
-  fd = open (config.file, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-  if (fd == -1)
-    return false;
-  same = fstat (fd, &st) == 0 && S_ISREG (st.st_mode) &&
-    (uint64_t) st.st_size == disk->size &&
-    pread (fd, head, DISK_HEAD, 0) >= 0 &&
-    memcmp (head, disk->head, DISK_HEAD) == 0;
-  close (fd);
-  *bytes = same ? (uint64_t) st.st_blocks * 512 : 0;
-  return same;
-}
-
-/* QEMU's rule, so that the map is the one that qemu-img shows: of the
- * clusters in use, far more than the file has space for.
- */
-static bool
-detect_preallocated (const struct disk *disk, const struct layer *layer)
-{
-  const uint64_t cluster_size = disk->image->cluster_size;
-  const uint64_t clusters = disk->size / cluster_size + 1;
-  uint64_t allocation, present, limit, used;
-
-  if (!layer->can_extents || !local_allocation (disk, &allocation))
-    return false;
-  present = allocation / cluster_size;
-  limit = MAX (present * 10 / 9, present + 2);
-  return clusters >= limit &&
-    qcow2_refcount_count_used (disk->image, &layer->io, limit, &used,
-                               NULL) == 0 &&
-    used >= limit;
-}
-
-bool
-disk_is_preallocated (struct disk *disk, const struct layer *layer)
-{
-  bool result;
-
-  g_mutex_lock (&disk->lock);
-  if (disk->preallocated == UNKNOWN)
-    disk->preallocated = detect_preallocated (disk, layer) ? YES : NO;
-  result = disk->preallocated == YES;
-  g_mutex_unlock (&disk->lock);
   return result;
 }

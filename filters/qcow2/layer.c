@@ -5,13 +5,17 @@
  * The full text is in the file LICENSE.
  */
 
-/* The layer below as a qcow2_io.
+/* The layer below as a source.
  *
  * Each connection reads through its own context, so the layers below see
  * exactly what their thread model promises them, and no lock of ours is
  * held over I/O.  A context has a fixed size, and nbdkit does not
- * survive requests beyond it, so they are stopped here even if another
- * connection sees a larger container.
+ * survive requests beyond it, so they are stopped (in limits_pread) even
+ * if another connection sees a larger container.
+ *
+ * An export that is opened as a backing file is shared by connections.
+ * nbdkit serialises the requests of connections, but not those on such a
+ * context, so there the lock is ours.
  */
 
 #include <config.h>
@@ -24,78 +28,170 @@
 
 #include "qcow2-filter.h"
 
-/* nbdkit's own limit for one request is 64 MiB. */
-#define MAX_REQUEST (UINT32_C (32) << 20)
+/* The first bytes of a container, to tell one from another. */
+#define HEAD 512
 
-static const struct layer *
+struct export {
+  struct layer layer;
+  GMutex lock;
+};
+
+static struct layer *
 layer_of_io (const struct qcow2_io *io)
 {
-  return (const struct layer *) ((const char *) io -
-                                 G_STRUCT_OFFSET (struct layer, io));
+  return (struct layer *) source_of_io (io);
+}
+
+static void
+lock_layer (const struct layer *layer)
+{
+  if (layer->lock)
+    g_mutex_lock (layer->lock);
+}
+
+static void
+unlock_layer (const struct layer *layer)
+{
+  if (layer->lock)
+    g_mutex_unlock (layer->lock);
 }
 
 static int
-read_below (const struct layer *layer, uint8_t *buf, size_t count,
+fail_below (GError **error, int err, const char *what, uint64_t count,
+            uint64_t offset)
+{
+  err = err ? err : EIO;
+  return qcow2_fail (error, err, "%s %" PRIu64 " bytes at offset %" PRIu64
+                     " of the container: %s", what, count, offset,
+                     g_strerror (err));
+}
+
+static int
+read_below (struct source *source, void *buf, uint32_t count,
             uint64_t offset, GError **error)
 {
-  while (count > 0) {
-    const uint32_t n = MIN (count, layer->maximum);
-    int err = EIO;
+  const struct layer *layer = (struct layer *) source;
+  int err = EIO, r;
 
-    if (layer->next->pread (layer->next, buf, n, offset, 0, &err) == -1)
-      return qcow2_fail (error, err ? err : EIO,
-                         "reading %" PRIu32 " bytes at offset %" PRIu64
-                         " of the container: %s",
-                         n, offset, g_strerror (err ? err : EIO));
-    buf += n;
-    offset += n;
-    count -= n;
-  }
-  return 0;
-}
-
-/* Read with both ends moved outwards to multiples of the minimum. */
-static int
-read_unaligned (const struct layer *layer, void *buf, size_t count,
-                uint64_t offset, GError **error)
-{
-  const uint64_t mask = layer->minimum - 1;
-  const uint64_t start = offset & ~mask;
-  const uint64_t end = MIN ((offset + count + mask) & ~mask, layer->size);
-  g_autofree uint8_t *bounce = g_try_malloc (end - start);
-
-  if (!bounce)
-    return qcow2_fail (error, ENOMEM, "no memory for a read of %" PRIu64
-                       " bytes", end - start);
-  if (read_below (layer, bounce, end - start, start, error) == -1)
-    return -1;
-  memcpy (buf, bounce + (offset - start), count);
-  return 0;
+  lock_layer (layer);
+  r = layer->next->pread (layer->next, buf, count, offset, 0, &err);
+  unlock_layer (layer);
+  return r == -1 ? fail_below (error, err, "reading", count, offset) : 0;
 }
 
 static int
 layer_pread (const struct qcow2_io *io, void *buf, size_t count,
              uint64_t offset, GError **error)
 {
-  const struct layer *layer = layer_of_io (io);
+  struct layer *layer = layer_of_io (io);
 
-  if (offset > layer->size || count > layer->size - offset)
-    return qcow2_fail (error, EIO, "%zu bytes at offset %" PRIu64
-                       " lie beyond the end of the container (%" PRIu64
-                       " bytes)", count, offset, layer->size);
-  if (((offset | count) & (layer->minimum - 1)) != 0)
-    return read_unaligned (layer, buf, count, offset, error);
-  return read_below (layer, buf, count, offset, error);
+  return limits_pread (&layer->limits, read_below, &layer->source,
+                       buf, count, offset, error);
 }
 
 static uint64_t
 layer_get_size (const struct qcow2_io *io)
 {
-  return layer_of_io (io)->size;
+  return layer_of_io (io)->limits.size;
+}
+
+/* As nbdkit_extents_full, which does not lock, for up to 4 GiB. */
+static struct nbdkit_extents *
+extents_below (const struct layer *layer, uint32_t count, uint64_t offset,
+               GError **error)
+{
+  struct nbdkit_extents *extents;
+  int err = EIO;
+
+  lock_layer (layer);
+  extents = nbdkit_extents_full (layer->next, count, offset, 0, &err);
+  unlock_layer (layer);
+  if (!extents)
+    fail_below (error, err, "asking for the extents of", count, offset);
+  return extents;
+}
+
+static int
+layer_extents (struct source *source, uint64_t offset, uint64_t count,
+               source_add_extent add, void *opaque, GError **error)
+{
+  const struct layer *layer = (struct layer *) source;
+  const uint64_t end = offset + count;
+  uint64_t pos = offset, part_start, part_end;
+  int r = 0;
+
+  while (pos < end && r == 0) {
+    struct nbdkit_extents *extents;
+
+    part_start = pos;
+    part_end = MIN (end, pos + (UINT64_C (1) << 30));
+    limits_align (&layer->limits, &part_start, &part_end);
+    extents = extents_below (layer, part_end - part_start, part_start, error);
+    if (!extents)
+      return -1;
+    for (size_t i = 0; i < nbdkit_extents_count (extents) && r == 0; ++i) {
+      const struct nbdkit_extent e = nbdkit_get_extent (extents, i);
+      const uint64_t e_end = MIN (e.offset + e.length, end);
+
+      if (e_end > pos) {
+        r = add (opaque, pos, e_end - pos, e.type, error);
+        pos = e_end;
+      }
+    }
+    nbdkit_extents_free (extents);
+  }
+  return r;
+}
+
+static int
+layer_prefetch (struct source *source, uint64_t offset, uint64_t count,
+                GError **error)
+{
+  const struct layer *layer = (struct layer *) source;
+  uint64_t start = offset, end = offset + count;
+  int err = EIO, r;
+
+  limits_align (&layer->limits, &start, &end);
+  while (start < end) {
+    const uint32_t n = MIN (end - start, layer->limits.maximum);
+
+    lock_layer (layer);
+    r = layer->next->cache (layer->next, n, start, 0, &err);
+    unlock_layer (layer);
+    if (r == -1)
+      return fail_below (error, err, "prefetching", n, start);
+    start += n;
+  }
+  return 0;
+}
+
+/* The local file, if its size and its first bytes say that it is what
+ * the layer serves.
+ */
+static int64_t
+layer_allocated (struct source *source)
+{
+  const size_t n = MIN (source_size (source), HEAD);
+  uint8_t ours[HEAD] = { 0 }, theirs[HEAD] = { 0 };
+  struct source *file;
+  int64_t result = -1;
+
+  if (!config.file || config.files != 1)
+    return -1;
+  file = file_open (config.file, NULL);
+  if (!file)
+    return -1;
+  if (source_size (file) == source_size (source) &&
+      source->io.pread (&source->io, ours, n, 0, NULL) == 0 &&
+      file->io.pread (&file->io, theirs, n, 0, NULL) == 0 &&
+      memcmp (ours, theirs, n) == 0)
+    result = file->allocated (file);
+  source_close (file);
+  return result;
 }
 
 int
-layer_init (struct layer *layer, nbdkit_next *next)
+layer_init (struct layer *layer, nbdkit_next *next, const char *base)
 {
   const int64_t size = next->get_size (next);
   const int can_extents = next->can_extents (next);
@@ -106,16 +202,53 @@ layer_init (struct layer *layer, nbdkit_next *next)
       next->block_size (next, &minimum, &preferred, &maximum) == -1)
     return -1;
 
-  layer->io.pread = layer_pread;
-  layer->io.get_size = layer_get_size;
+  layer->source.name = (char *)
+    (config.each_export ? base : config.file ? config.file : "the image");
+  layer->source.io.pread = layer_pread;
+  layer->source.io.get_size = layer_get_size;
+  layer->source.extents = can_extents ? layer_extents : NULL;
+  layer->source.prefetch =
+    can_cache != NBDKIT_CACHE_NONE ? layer_prefetch : NULL;
+  layer->source.allocated = layer_allocated;
   layer->next = next;
-  layer->size = size;
-  /* All three are 0 if the layer has no wishes. */
-  layer->minimum = MAX (minimum, 1);
-  layer->maximum = maximum ? MIN (maximum, MAX_REQUEST) : MAX_REQUEST;
-  layer->maximum = MAX (layer->maximum & ~(layer->minimum - 1),
-                        layer->minimum);
-  layer->can_extents = can_extents;
-  layer->can_cache = can_cache != NBDKIT_CACHE_NONE;
+  limits_init (&layer->limits, size, minimum, maximum);
   return 0;
+}
+
+static void
+export_close (struct source *source)
+{
+  struct export *export = (struct export *) source;
+
+  export->layer.next->finalize (export->layer.next);
+  nbdkit_next_context_close (export->layer.next);
+  g_mutex_clear (&export->lock);
+  g_free (source->name);
+  g_free (export);
+}
+
+struct source *
+layer_open_export (nbdkit_backend *backend, const char *exportname,
+                   GError **error)
+{
+  g_autofree char *shown = g_strescape (exportname, NULL);
+  nbdkit_next *next = nbdkit_next_context_open (backend, 1, exportname, 1);
+  struct export *export = g_new0 (struct export, 1);
+
+  if (!next || next->prepare (next) == -1 ||
+      layer_init (&export->layer, next, "") == -1) {
+    if (next)
+      nbdkit_next_context_close (next);
+    g_free (export);
+    qcow2_fail (error, EIO, "the layer below cannot open the export \"%s\"",
+                shown);
+    return NULL;
+  }
+  g_mutex_init (&export->lock);
+  if (config.thread_model != NBDKIT_THREAD_MODEL_PARALLEL)
+    export->layer.lock = &export->lock;
+  export->layer.source.name = g_strdup_printf ("export \"%s\"", shown);
+  export->layer.source.allocated = NULL;
+  export->layer.source.close = export_close;
+  return &export->layer.source;
 }

@@ -49,20 +49,43 @@ leads_to (const char *base, const char *name, const GPtrArray *snapshots,
     qcow2_snapshots_find (snapshots, name) == snapshot;
 }
 
+/* A string from an image, fit to be shown on a terminal: at most max
+ * characters, none of which controls anything.
+ */
+static char *
+displayable (const char *s, glong max)
+{
+  g_autofree char *valid = g_utf8_make_valid (s, -1);
+  GString *result = g_string_new (NULL);
+
+  for (const char *p = valid; *p && max > 0; p = g_utf8_next_char (p), --max) {
+    const gunichar c = g_utf8_get_char (p);
+
+    g_string_append_unichar (result, g_unichar_isprint (c) ? c : 0xfffd);
+  }
+  return g_string_free (result, FALSE);
+}
+
 char *
 name_describe (const struct qcow2_snapshot *snapshot)
 {
-  g_autofree char *name = g_utf8_make_valid (snapshot->name, -1);
-  g_autofree char *id = g_utf8_make_valid (snapshot->id, -1);
+  /* Far below the protocol's limit even if each character is 4 bytes. */
+  g_autofree char *name = displayable (snapshot->name, 512);
+  g_autofree char *id = displayable (snapshot->id, 64);
   g_autofree char *size =
-    g_format_size_full (snapshot->disk_size,
-                        G_FORMAT_SIZE_IEC_UNITS | G_FORMAT_SIZE_LONG_FORMAT);
+    g_format_size_full (snapshot->disk_size, G_FORMAT_SIZE_IEC_UNITS);
   g_autoptr (GDateTime) date =
     g_date_time_new_from_unix_utc (snapshot->date_sec);
   g_autofree char *when = g_date_time_format (date, "%Y-%m-%d %H:%M:%S UTC");
-  /* 1,000 characters have at most 4,000 bytes, and names are short. */
-  return g_strdup_printf ("internal snapshot, made %s, disk size %s, "
-                          "ID %.64s, name %.1024s", when, size, id, name);
+
+  /* GLib puts a no-break space between number and unit. */
+  for (char *p; (p = strstr (size, "\xc2\xa0")) != NULL; ) {
+    *p = ' ';
+    memmove (p + 1, p + 2, strlen (p + 2) + 1);
+  }
+  return g_strdup_printf ("internal snapshot, made %s, disk size %s "
+                          "(%" PRIu64 " bytes), ID %s, name %s", when, size,
+                          snapshot->disk_size, id, name);
 }
 
 static int

@@ -7,13 +7,15 @@
 
 /* What the files of the qcow2 filter share.
  *
- *    qcow2.c    parameters and callbacks
- *    start.c    the check of a local image before the server starts
- *    layer.c    the layer below, as a qcow2_io
- *    disk.c     the images that are open, one for each disk below
- *    names.c    export names
- *    read.c     reading and prefetching data
- *    extents.c  block status
+ *    qcow2.c      parameters and callbacks
+ *    start.c      the check of a local image before the server starts
+ *    disk.c       the images that are open, one chain for each disk below
+ *    chain.c      an image and its backing files
+ *    reference.c  names of other files in an image, and who permits them
+ *    names.c      export names
+ *    read.c       reading and prefetching data
+ *    extents.c    block status
+ *    layer.c, file.c, nbd.c: see source.h
  */
 
 #ifndef QCOW2_FILTER_H
@@ -26,41 +28,28 @@
 
 #include <nbdkit-filter.h>
 
-#include "qcow2/image.h"
-#include "qcow2/io.h"
+#include "chain.h"
+#include "reference.h"
+#include "source.h"
 
 /* Parameters, constant from .get_ready on. */
 struct config {
   char *snapshot;               /* serve this one as BASE, or NULL */
   uint64_t cache_size;
+  struct policy backing, data_file;
+  char *backing_format;         /* if neither the image nor backing tells */
   bool each_export;             /* each export below is a disk of its own */
   char *file;                   /* a local file which may be the container */
   unsigned files;               /* how often file= was given */
   bool other_keys;              /* the layers below have other parameters */
   bool moved;                   /* one of them selects a part of the file */
+  int thread_model;
 };
 extern struct config config;
 
-/* layer.c: the layer below, seen through one nbdkit context. */
-struct layer {
-  struct qcow2_io io;           /* pass this to the qcow2 module */
-  nbdkit_next *next;
-  uint64_t size;
-  uint32_t minimum;             /* all requests are multiples of this */
-  uint32_t maximum;             /* and none is larger than this */
-  bool can_extents;
-  bool can_cache;
-};
-
-/* next must have been prepared.  Errors were reported by nbdkit. */
-extern int layer_init (struct layer *layer, nbdkit_next *next);
-
 /* disk.c */
 
-/* The first bytes of a container, to tell one from another. */
-#define DISK_HEAD 512
-
-/* A container below us.  One image object serves all connections that
+/* A container below us.  One chain of images serves all connections that
  * use it at the same time.  When the last of them goes it is closed, and
  * opened afresh for the next, which so sees what others did to it.
  */
@@ -69,31 +58,20 @@ struct disk;
 /* Use the image in layer, which is BASE base below us.  On failure
  * returns NULL with error set.
  */
-extern struct disk *disk_open (const char *base, const struct layer *layer,
-                               GError **error);
+extern struct disk *disk_open (const char *base, struct layer *layer,
+                               nbdkit_backend *backend, GError **error);
 extern void disk_close (struct disk *disk);
 
-/* Valid until disk_close. */
-extern struct qcow2_image *disk_image (const struct disk *disk);
-
-/* True if most of the container's clusters were only reserved when it
- * was made (preallocation=metadata), so that it is worth asking the
- * layer below which data clusters are holes.
- */
-extern bool disk_is_preallocated (struct disk *disk,
-                                  const struct layer *layer);
+/* The image itself.  Valid until disk_close. */
+extern struct node *disk_top (const struct disk *disk);
 
 /* The snapshots of a disk when it was last opened, or NULL.  Unref the
  * result.
  */
 extern GPtrArray *disk_last_snapshots (const char *base);
 
-/* Forget all disks, none of which may be open. */
+/* Forget all disks. */
 extern void disk_forget_all (void);
-
-/* Is the image one that the parameters allow us to serve? */
-extern int disk_check_permitted (const struct qcow2_header *header,
-                                 GError **error);
 
 /* start.c: check a local image as far as that is possible before the
  * server starts.  On failure the reason was reported.
@@ -113,6 +91,7 @@ extern int name_list (const struct nbdkit_exports *below,
 struct handle {
   char *base, *snapshot;        /* parts of the export name; the 2nd or NULL */
   char *description;            /* of a snapshot */
+  nbdkit_backend *backend;
   struct layer layer;
   struct disk *disk;
   struct qcow2_view view;

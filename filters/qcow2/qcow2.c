@@ -15,6 +15,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,7 +25,11 @@
 
 #define DEFAULT_CACHE_SIZE (UINT64_C (64) << 20)
 
-struct config config = { .cache_size = DEFAULT_CACHE_SIZE };
+struct config config = {
+  .cache_size = DEFAULT_CACHE_SIZE,
+  .backing = { .key = "qcow2-backing", .is_backing = true },
+  .data_file = { .key = "qcow2-data-file" },
+};
 
 NBDKIT_DLL_PUBLIC int qcow2_debug_verbose;
 
@@ -44,19 +49,25 @@ qcow2_unload (void)
     return;
   g_clear_pointer (&config.snapshot, g_free);
   g_clear_pointer (&config.file, free);
+  g_clear_pointer (&config.backing_format, g_free);
+  policy_clear (&config.backing);
+  policy_clear (&config.data_file);
 }
 
 /* Parameters. */
 
-/* A policy for names of other files found in the image. */
 static int
-parse_refuse (const char *key, const char *value)
+parse_backing_format (const char *value)
 {
-  if (strcmp (value, "refuse") == 0)
-    return 0;
-  nbdkit_error ("%s: \"%s\" is not a known value; this version of the filter "
-                "knows only %s=refuse", key, value, key);
-  return -1;
+  if (strcmp (value, "raw") != 0 && strcmp (value, "qcow2") != 0) {
+    nbdkit_error ("qcow2-backing-format: \"%s\" is not a known value; "
+                  "use qcow2-backing-format=raw or "
+                  "qcow2-backing-format=qcow2", value);
+    return -1;
+  }
+  g_free (config.backing_format);
+  config.backing_format = g_strdup (value);
+  return 0;
 }
 
 static int
@@ -64,10 +75,9 @@ parse_cache_size (const char *value)
 {
   const int64_t size = nbdkit_parse_size (value);
 
-  if (size == -1)
-    return -1;
-  if ((uint64_t) size > SIZE_MAX / 2) {
-    nbdkit_error ("qcow2-cache-size: %s is too large", value);
+  if (size == -1) {
+    nbdkit_error ("qcow2-cache-size: \"%s\" is not a size such as 64M",
+                  value);
     return -1;
   }
   config.cache_size = size;
@@ -130,9 +140,12 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
     return parse_snapshot (value);
   if (strcmp (key, "qcow2-cache-size") == 0)
     return parse_cache_size (value);
-  if (strcmp (key, "qcow2-backing") == 0 ||
-      strcmp (key, "qcow2-data-file") == 0)
-    return parse_refuse (key, value);
+  if (strcmp (key, "qcow2-backing") == 0)
+    return policy_parse (&config.backing, value);
+  if (strcmp (key, "qcow2-backing-format") == 0)
+    return parse_backing_format (value);
+  if (strcmp (key, "qcow2-data-file") == 0)
+    return policy_parse (&config.data_file, value);
   if (strcmp (key, "exports") == 0)
     return parse_exports (value);
 
@@ -142,13 +155,20 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
 }
 
 #define qcow2_config_help                                               \
-  "qcow2-snapshot=NAME       Serve this internal snapshot.\n"           \
-  "qcow2-cache-size=SIZE     Memory for caches (default 64M).\n"        \
-  "qcow2-backing=refuse      Refuse images with a backing file.\n"      \
-  "qcow2-data-file=refuse    Refuse images with an external data file.\n" \
-  "exports=one|each          Whether each export below is an image\n"   \
-  "                          of its own (default: as the plugin's dir\n" \
-  "                          parameter says)."
+  "qcow2-snapshot=NAME         Serve this internal snapshot.\n"         \
+  "qcow2-backing=refuse|none|dir:PATH|file:PATH|URI|export\n"           \
+  "                            What to do with backing files (default\n" \
+  "                            refuse).\n"                              \
+  "qcow2-backing-format=raw|qcow2\n"                                    \
+  "                            Format of a backing file if the image\n" \
+  "                            does not say it.\n"                      \
+  "qcow2-data-file=refuse|dir:PATH|file:PATH|URI\n"                     \
+  "                            What to do with an external data file\n" \
+  "                            (default refuse).\n"                     \
+  "qcow2-cache-size=SIZE       Memory for caches (default 64M).\n"      \
+  "exports=one|each            Whether each export below is an image\n" \
+  "                            of its own (default: as the plugin's\n"  \
+  "                            dir parameter says)."
 
 static int
 qcow2_config_complete (nbdkit_next_config_complete *next,
@@ -158,56 +178,57 @@ qcow2_config_complete (nbdkit_next_config_complete *next,
     nbdkit_error ("the qcow2 filter can be used only once in a chain");
     return -1;
   }
+#ifndef HAVE_NAMED_CONTEXTS
+  if (config.backing.kind == POLICY_EXPORT) {
+    nbdkit_error ("qcow2-backing=export: this version of nbdkit cannot open "
+                  "a second export for a filter; nbdkit 1.44 can");
+    return -1;
+  }
+#endif
   return next (nxdata);
 }
 
 static int
 qcow2_get_ready (int thread_model)
 {
+  config.thread_model = thread_model;
   return start_check ();
 }
 
-/* Read the list of snapshots, so that it can be shown before the first
- * connection.  Failure is not ours to report to anyone but the log: each
- * connection will try again.
+/* Read the list of snapshots of an export below, so that it can be shown
+ * although no client has opened it.  Returns -1 with error set if that
+ * was not possible; whoever opens it will see the same error.
  */
 static int
-read_snapshots (nbdkit_next *next)
+read_snapshots (nbdkit_backend *backend, const char *base, GError **error)
 {
-  g_autoptr (GError) error = NULL;
-  struct layer layer;
-  struct disk *disk;
+  nbdkit_next *next = nbdkit_next_context_open (backend, 1, base, 1);
+  struct layer layer = { 0 };
+  struct disk *disk = NULL;
 
-  if (layer_init (&layer, next) == -1)
-    return -1;
-  disk = disk_open ("", &layer, &error);
-  if (!disk) {
-    nbdkit_error ("%s", error->message);
-    return -1;
+  if (next && next->prepare (next) == 0) {
+    if (layer_init (&layer, next, base) == 0)
+      disk = disk_open (base, &layer, NULL, error);
+    next->finalize (next);
   }
-  disk_close (disk);
-  return 0;
+  if (disk)
+    disk_close (disk);
+  if (next)
+    nbdkit_next_context_close (next);
+  return disk ? 0 : -1;
 }
 
 static int
 qcow2_after_fork (nbdkit_backend *backend)
 {
-  nbdkit_next *next;
+  g_autoptr (GError) error = NULL;
 
-  /* There is no disk to be opened without a name, and some versions of
-   * nbdkit do not allow to open one with a name here.
+  /* With several disks there is none to be opened without a name, and
+   * some versions of nbdkit do not allow to open one with a name here.
    */
-  if (config.each_export)
-    return 0;
-
-  next = nbdkit_next_context_open (backend, 1, "", 1);
-  if (!next)
-    return 0;
-  if (next->prepare (next) == 0) {
-    read_snapshots (next);
-    next->finalize (next);
-  }
-  nbdkit_next_context_close (next);
+  if (!config.each_export && read_snapshots (backend, "", &error) == -1 &&
+      error)
+    nbdkit_error ("%s", error->message);
   return 0;
 }
 
@@ -219,6 +240,24 @@ qcow2_cleanup (nbdkit_backend *backend)
 
 /* Exports. */
 
+/* Where each export is a disk, those that nobody has opened yet. */
+static void
+read_all_snapshots (nbdkit_backend *backend,
+                    const struct nbdkit_exports *below)
+{
+#ifdef HAVE_NAMED_CONTEXTS
+  for (size_t i = 0; config.each_export && i < nbdkit_exports_count (below);
+       ++i) {
+    const char *name = nbdkit_get_export (below, i).name;
+    g_autoptr (GPtrArray) known = disk_last_snapshots (name);
+    g_autoptr (GError) error = NULL;
+
+    if (!known && read_snapshots (backend, name, &error) == -1 && error)
+      nbdkit_debug ("qcow2: %s", error->message);
+  }
+#endif
+}
+
 static int
 qcow2_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
                     int readonly, int is_tls, struct nbdkit_exports *exports)
@@ -228,8 +267,10 @@ qcow2_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
 
   if (!below)
     return -1;
-  if (next (nxdata, 1, below) == 0)
+  if (next (nxdata, 1, below) == 0) {
+    read_all_snapshots (nxdata, below);
     r = name_list (below, exports);
+  }
   nbdkit_exports_free (below);
   return r;
 }
@@ -251,6 +292,7 @@ qcow2_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
   struct handle *h = g_new0 (struct handle, 1);
 
   name_split (exportname, &h->base, &h->snapshot);
+  h->backend = nbdkit_context_get_backend (context);
   if (next (context, 1, h->base) == -1) {
     g_free (h->base);
     g_free (h->snapshot);
@@ -276,7 +318,7 @@ qcow2_close (void *handle)
 static int
 choose_view (struct handle *h, GError **error)
 {
-  const struct qcow2_image *image = disk_image (h->disk);
+  const struct qcow2_image *image = disk_top (h->disk)->image;
   const struct qcow2_snapshot *sn;
 
   if (!h->snapshot) {
@@ -287,8 +329,8 @@ choose_view (struct handle *h, GError **error)
   if (!sn) {
     g_autofree char *name = g_strescape (h->snapshot, NULL);
 
-    return qcow2_fail (error, ENOENT, "the image has no snapshot with the "
-                       "name or ID \"%s\"", name);
+    return qcow2_fail (error, ENOENT, "%s: the image has no snapshot with "
+                       "the name or ID \"%s\"", h->layer.source.name, name);
   }
   h->description = name_describe (sn);
   return qcow2_image_snapshot_view (image, sn, &h->view, error);
@@ -300,12 +342,11 @@ qcow2_prepare (nbdkit_next *next, void *handle, int readonly)
   struct handle *h = handle;
   g_autoptr (GError) error = NULL;
 
-  if (layer_init (&h->layer, next) == -1)
+  if (layer_init (&h->layer, next, h->base) == -1)
     return -1;
-  h->disk = disk_open (h->base, &h->layer, &error);
+  h->disk = disk_open (h->base, &h->layer, h->backend, &error);
   if (!h->disk || choose_view (h, &error) == -1) {
-    nbdkit_error ("%s%s%s", config.file ? config.file : "",
-                  config.file ? ": " : "", error->message);
+    nbdkit_error ("%s", error->message);
     return -1;
   }
   return 0;
@@ -326,7 +367,7 @@ qcow2_block_size (nbdkit_next *next, void *handle, uint32_t *minimum,
   const struct handle *h = handle;
 
   *minimum = 1;
-  *preferred = disk_image (h->disk)->cluster_size;
+  *preferred = disk_top (h->disk)->image->cluster_size;
   *maximum = UINT32_MAX;
   return 0;
 }

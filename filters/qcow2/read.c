@@ -8,7 +8,9 @@
 /* Reading.
  *
  * A request is cut into runs.  Data runs are read straight into the
- * client's buffer; zeroes are filled in.
+ * client's buffer; zeroes are filled in; what an
+ * image does not have is read from its backing file, as far as that
+ * reaches.
  *
  * Compressed clusters that are wanted whole are decompressed straight
  * into the client's buffer too, and not cached, because whoever reads
@@ -33,6 +35,13 @@
 #define GROUP_CLUSTERS 32
 #define GROUP_BYTES (512U << 10)
 
+/* An image of the chain as one connection reads it. */
+struct reader {
+  struct node *node;
+  struct source *top;
+  const struct qcow2_view *view;
+};
+
 struct group {
   struct qcow2_run runs[GROUP_CLUSTERS];
   size_t count;
@@ -40,37 +49,45 @@ struct group {
 };
 
 static int
-map (struct handle *h, uint64_t offset, uint64_t count,
+map (const struct reader *rd, uint64_t offset, uint64_t count,
      struct qcow2_run *run, GError **error)
 {
-  return qcow2_map (disk_image (h->disk), &h->view, &h->layer.io,
+  return qcow2_map (rd->node->image, rd->view,
+                    &chain_container (rd->node, rd->top)->io,
                     offset, count, run, error);
 }
 
+static uint32_t
+cluster_size (const struct reader *rd)
+{
+  return rd->node->image->cluster_size;
+}
+
+/* Compressed clusters. */
+
 /* Fetch compressed bytes.  The last sector need not be in the file. */
 static uint8_t *
-fetch (struct handle *h, uint64_t offset, uint32_t length, GError **error)
+fetch (const struct reader *rd, uint64_t offset, uint32_t length,
+       GError **error)
 {
   g_autofree uint8_t *buf = g_try_malloc (length);
 
   if (!buf)
     qcow2_fail (error, ENOMEM, "no memory for %" PRIu32
                 " bytes of compressed data", length);
-  else if (qcow2_io_read_padded (&h->layer.io, disk_image (h->disk)->
-                                 cluster_size, buf, length, offset,
+  else if (qcow2_io_read_padded (&chain_container (rd->node, rd->top)->io,
+                                 cluster_size (rd), buf, length, offset,
                                  error) == 0)
     return g_steal_pointer (&buf);
   return NULL;
 }
 
 static int
-decompress (struct handle *h, const struct qcow2_run *run,
+decompress (const struct reader *rd, const struct qcow2_run *run,
             const uint8_t *src, void *dst, GError **error)
 {
-  const struct qcow2_image *image = disk_image (h->disk);
-
-  if (qcow2_codec_decompress (image->header->compression, src,
-                              run->host_length, dst, image->cluster_size,
+  if (qcow2_codec_decompress (rd->node->image->header->compression, src,
+                              run->host_length, dst, cluster_size (rd),
                               error) == 0)
     return 0;
   g_prefix_error (error, "compressed cluster at offset %" PRIu64 " (%" PRIu32
@@ -80,7 +97,7 @@ decompress (struct handle *h, const struct qcow2_run *run,
 }
 
 struct cluster_request {
-  struct handle *h;
+  const struct reader *rd;
   const struct qcow2_run *run;
 };
 
@@ -88,30 +105,30 @@ static int
 load_cluster (void *opaque, uint64_t key, void *data, GError **error)
 {
   const struct cluster_request *rq = opaque;
-  g_autofree uint8_t *src = fetch (rq->h, rq->run->host_offset,
+  g_autofree uint8_t *src = fetch (rq->rd, rq->run->host_offset,
                                    rq->run->host_length, error);
 
-  return src ? decompress (rq->h, rq->run, src, data, error) : -1;
+  return src ? decompress (rq->rd, rq->run, src, data, error) : -1;
 }
 
 static int
-get_cluster (struct handle *h, const struct qcow2_run *run,
+get_cluster (const struct reader *rd, const struct qcow2_run *run,
              struct qcow2_cache_ref *ref, GError **error)
 {
-  struct cluster_request rq = { .h = h, .run = run };
+  struct cluster_request rq = { .rd = rd, .run = run };
 
-  return qcow2_cache_get (disk_image (h->disk)->clusters, run->descriptor,
+  return qcow2_cache_get (rd->node->image->clusters, run->descriptor,
                           load_cluster, &rq, ref, error);
 }
 
 /* Copy a part of a cluster, which begins at byte begin of it. */
 static int
-read_cluster_part (struct handle *h, const struct qcow2_run *run,
+read_cluster_part (const struct reader *rd, const struct qcow2_run *run,
                    uint8_t *buf, uint32_t begin, GError **error)
 {
   struct qcow2_cache_ref ref;
 
-  if (get_cluster (h, run, &ref, error) == -1)
+  if (get_cluster (rd, run, &ref, error) == -1)
     return -1;
   memcpy (buf, (const uint8_t *) ref.data + begin, run->length);
   qcow2_cache_put (&ref);
@@ -119,12 +136,11 @@ read_cluster_part (struct handle *h, const struct qcow2_run *run,
 }
 
 static bool
-is_cached (struct handle *h, const struct qcow2_run *run)
+is_cached (const struct reader *rd, const struct qcow2_run *run)
 {
   struct qcow2_cache_ref ref;
 
-  if (!qcow2_cache_peek (disk_image (h->disk)->clusters, run->descriptor,
-                         &ref))
+  if (!qcow2_cache_peek (rd->node->image->clusters, run->descriptor, &ref))
     return false;
   qcow2_cache_put (&ref);
   return true;
@@ -151,113 +167,225 @@ group_add (struct group *g, const struct qcow2_run *run)
 
 /* Collect the whole compressed clusters that follow first. */
 static void
-group_fill (struct handle *h, struct group *g, const struct qcow2_run *first,
-            uint32_t count, uint64_t offset)
+group_fill (const struct reader *rd, struct group *g,
+            const struct qcow2_run *first, uint64_t count, uint64_t offset)
 {
-  const uint32_t cluster_size = disk_image (h->disk)->cluster_size;
   struct qcow2_run run = *first;
 
   g->count = 0;
   g->end = 0;
   while (group_add (g, &run)) {
-    offset += cluster_size;
-    count -= cluster_size;
+    offset += cluster_size (rd);
+    count -= cluster_size (rd);
     /* An error here is met again when the next group begins there. */
-    if (count < cluster_size || map (h, offset, count, &run, NULL) == -1 ||
-        run.type != QCOW2_RUN_COMPRESSED || is_cached (h, &run))
+    if (count < cluster_size (rd) ||
+        map (rd, offset, count, &run, NULL) == -1 ||
+        run.type != QCOW2_RUN_COMPRESSED || is_cached (rd, &run))
       break;
   }
 }
 
 /* Read whole clusters beginning with first.  *done is how many bytes. */
 static int
-read_whole_clusters (struct handle *h, const struct qcow2_run *first,
-                     uint8_t *buf, uint32_t count, uint64_t offset,
-                     uint32_t *done, GError **error)
+read_whole_clusters (const struct reader *rd, const struct qcow2_run *first,
+                     uint8_t *buf, uint64_t count, uint64_t offset,
+                     uint64_t *done, GError **error)
 {
-  const uint32_t cluster_size = disk_image (h->disk)->cluster_size;
   g_autofree uint8_t *src = NULL;
   struct group g;
 
-  group_fill (h, &g, first, count, offset);
-  src = fetch (h, g.start, g.end - g.start, error);
+  group_fill (rd, &g, first, count, offset);
+  src = fetch (rd, g.start, g.end - g.start, error);
   if (!src)
     return -1;
   for (size_t i = 0; i < g.count; ++i)
-    if (decompress (h, &g.runs[i], src + (g.runs[i].host_offset - g.start),
-                    buf + i * cluster_size, error) == -1)
+    if (decompress (rd, &g.runs[i], src + (g.runs[i].host_offset - g.start),
+                    buf + i * cluster_size (rd), error) == -1)
       return -1;
-  *done = g.count * cluster_size;
+  *done = (uint64_t) g.count * cluster_size (rd);
   return 0;
 }
 
 static int
-read_compressed (struct handle *h, const struct qcow2_run *run,
-                 uint8_t *buf, uint32_t count, uint64_t offset,
-                 uint32_t *done, GError **error)
+read_compressed (const struct reader *rd, const struct qcow2_run *run,
+                 uint8_t *buf, uint64_t count, uint64_t offset,
+                 uint64_t *done, GError **error)
 {
-  const uint32_t cluster_size = disk_image (h->disk)->cluster_size;
-
-  if (run->length == cluster_size && !is_cached (h, run))
-    return read_whole_clusters (h, run, buf, count, offset, done, error);
+  if (run->length == cluster_size (rd) && !is_cached (rd, run))
+    return read_whole_clusters (rd, run, buf, count, offset, done, error);
   *done = run->length;
-  return read_cluster_part (h, run, buf, offset & (cluster_size - 1), error);
+  return read_cluster_part (rd, run, buf, offset & (cluster_size (rd) - 1),
+                            error);
 }
 
-int
-read_range (struct handle *h, void *buf, uint32_t count, uint64_t offset,
-            GError **error)
-{
-  uint8_t *out = buf;
-  struct qcow2_run run;
-  uint32_t done;
-  int r;
+/* Data as it is stored. */
 
+static int
+read_plain (const struct reader *rd, uint64_t host_offset, uint8_t *buf,
+            uint64_t count, GError **error)
+{
+  return qcow2_io_read_padded (&chain_data (rd->node, rd->top)->io,
+                               cluster_size (rd), buf, count, host_offset,
+                               error);
+}
+
+/* The chain. */
+
+static int read_node (const struct reader *rd, uint8_t *buf, uint64_t count,
+                      uint64_t offset, GError **error);
+
+/* What an image does not have. */
+static int
+read_backing (const struct reader *rd, uint8_t *buf, uint64_t count,
+              uint64_t offset, GError **error)
+{
+  struct node *backing = rd->node->backing;
+  uint64_t inside = 0;
+
+  if (backing && offset < backing->view.size) {
+    const struct reader below = {
+      .node = backing, .top = rd->top, .view = &backing->view,
+    };
+
+    inside = MIN (count, backing->view.size - offset);
+    if (read_node (&below, buf, inside, offset, error) == -1)
+      return -1;
+  }
+  memset (buf + inside, 0, count - inside);
+  return 0;
+}
+
+/* One run.  *done is how many bytes were read, at least that. */
+static int
+read_run (const struct reader *rd, const struct qcow2_run *run, uint8_t *buf,
+          uint64_t count, uint64_t offset, uint64_t *done, GError **error)
+{
+  *done = run->length;
+  switch (run->type) {
+  case QCOW2_RUN_UNALLOCATED:
+    return read_backing (rd, buf, run->length, offset, error);
+  case QCOW2_RUN_DATA:
+    return read_plain (rd, run->host_offset, buf, run->length, error);
+  case QCOW2_RUN_COMPRESSED:
+    return read_compressed (rd, run, buf, count, offset, done, error);
+  default:
+    memset (buf, 0, run->length);
+    return 0;
+  }
+}
+
+/* Read from an image, or a raw file, that reaches at least so far. */
+static int
+read_node (const struct reader *rd, uint8_t *buf, uint64_t count,
+           uint64_t offset, GError **error)
+{
+  struct qcow2_run run;
+  uint64_t done;
+
+  if (!rd->node->image)
+    return rd->node->container->io.pread (&rd->node->container->io, buf,
+                                          count, offset, error);
   while (count > 0) {
-    if (map (h, offset, count, &run, error) == -1)
+    if (map (rd, offset, count, &run, error) == -1 ||
+        read_run (rd, &run, buf, count, offset, &done, error) == -1)
       return -1;
-    done = run.length;
-    switch (run.type) {
-    case QCOW2_RUN_DATA:
-      r = qcow2_io_read_padded (&h->layer.io,
-                                disk_image (h->disk)->cluster_size,
-                                out, done, run.host_offset, error);
-      break;
-    case QCOW2_RUN_COMPRESSED:
-      r = read_compressed (h, &run, out, count, offset, &done, error);
-      break;
-    default:
-      memset (out, 0, done);
-      r = 0;
-    }
-    if (r == -1)
-      return -1;
-    out += done;
+    buf += done;
     offset += done;
     count -= done;
   }
   return 0;
 }
 
-/* Prefetching is a hint: the layer below may decline it, and need not be
- * asked for what lies beyond its end.
+static struct reader
+reader_of_handle (struct handle *h)
+{
+  return (struct reader) {
+    .node = disk_top (h->disk), .top = &h->layer.source, .view = &h->view,
+  };
+}
+
+int
+read_range (struct handle *h, void *buf, uint32_t count, uint64_t offset,
+            GError **error)
+{
+  const struct reader rd = reader_of_handle (h);
+
+  return read_node (&rd, buf, count, offset, error);
+}
+
+/* Prefetching. */
+
+/* It is a hint: a source may not know it, and is not asked for what lies
+ * beyond its end.
  */
 static int
-prefetch_data (struct handle *h, const struct qcow2_run *run, GError **error)
+prefetch_source (struct source *source, uint64_t offset, uint64_t count,
+                 GError **error)
 {
-  const struct layer *layer = &h->layer;
-  const uint64_t mask = layer->minimum - 1;
-  const uint64_t start = run->host_offset & ~mask;
-  const uint64_t end = MIN ((run->host_offset + run->length + mask) & ~mask,
-                            layer->size);
-  int err = EIO;
+  const uint64_t size = source_size (source);
 
-  if (!layer->can_cache || start >= end)
+  if (!source->prefetch || offset >= size)
     return 0;
-  if (layer->next->cache (layer->next, end - start, start, 0, &err) == -1)
-    return qcow2_fail (error, err ? err : EIO,
-                       "prefetching at offset %" PRIu64 " of the container: "
-                       "%s", start, g_strerror (err ? err : EIO));
+  return source->prefetch (source, offset, MIN (count, size - offset), error);
+}
+
+static int prefetch_node (const struct reader *rd, uint64_t count,
+                          uint64_t offset, GError **error);
+
+static int
+prefetch_backing (const struct reader *rd, uint64_t count, uint64_t offset,
+                  GError **error)
+{
+  struct node *backing = rd->node->backing;
+  const struct reader below = {
+    .node = backing, .top = rd->top, .view = &backing->view,
+  };
+
+  if (offset >= backing->view.size)
+    return 0;
+  return prefetch_node (&below, MIN (count, backing->view.size - offset),
+                        offset, error);
+}
+
+static int
+prefetch_run (const struct reader *rd, const struct qcow2_run *run,
+              uint64_t offset, GError **error)
+{
+  struct qcow2_cache_ref ref;
+
+  switch (run->type) {
+  case QCOW2_RUN_UNALLOCATED:
+    if (rd->node->backing)
+      return prefetch_backing (rd, run->length, offset, error);
+    return 0;
+  case QCOW2_RUN_DATA:
+    return prefetch_source (chain_data (rd->node, rd->top),
+                            run->host_offset, run->length, error);
+  case QCOW2_RUN_COMPRESSED:
+    if (get_cluster (rd, run, &ref, error) == -1)
+      return -1;
+    qcow2_cache_put (&ref);
+    return 0;
+  default:
+    return 0;
+  }
+}
+
+static int
+prefetch_node (const struct reader *rd, uint64_t count, uint64_t offset,
+               GError **error)
+{
+  struct qcow2_run run;
+
+  if (!rd->node->image)
+    return prefetch_source (rd->node->container, offset, count, error);
+  while (count > 0) {
+    if (map (rd, offset, count, &run, error) == -1 ||
+        prefetch_run (rd, &run, offset, error) == -1)
+      return -1;
+    offset += run.length;
+    count -= run.length;
+  }
   return 0;
 }
 
@@ -265,24 +393,7 @@ int
 prefetch_range (struct handle *h, uint32_t count, uint64_t offset,
                 GError **error)
 {
-  struct qcow2_cache_ref ref;
-  struct qcow2_run run;
+  const struct reader rd = reader_of_handle (h);
 
-  while (count > 0) {
-    if (map (h, offset, count, &run, error) == -1)
-      return -1;
-    if (run.type == QCOW2_RUN_DATA) {
-      run.length = MIN (run.length, h->layer.maximum);
-      if (prefetch_data (h, &run, error) == -1)
-        return -1;
-    }
-    else if (run.type == QCOW2_RUN_COMPRESSED) {
-      if (get_cluster (h, &run, &ref, error) == -1)
-        return -1;
-      qcow2_cache_put (&ref);
-    }
-    offset += run.length;
-    count -= run.length;
-  }
-  return 0;
+  return prefetch_node (&rd, count, offset, error);
 }

@@ -22,55 +22,14 @@
 #include <config.h>
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "qcow2/error.h"
 
 #include "qcow2-filter.h"
 
-struct file {
-  struct qcow2_io io;
-  int fd;
-  uint64_t size;
-};
-
-static const struct file *
-file_of_io (const struct qcow2_io *io)
-{
-  return (const struct file *) ((const char *) io -
-                                G_STRUCT_OFFSET (struct file, io));
-}
-
-static int
-file_pread (const struct qcow2_io *io, void *buf, size_t count,
-            uint64_t offset, GError **error)
-{
-  const struct file *file = file_of_io (io);
-  char *out = buf;
-
-  while (count > 0) {
-    const ssize_t n = pread (file->fd, out, count, offset);
-
-    if (n == -1 && errno == EINTR)
-      continue;
-    if (n <= 0)
-      return qcow2_fail (error, n ? errno : EIO, "reading the file: %s",
-                         n ? g_strerror (errno) : "it became shorter");
-    out += n;
-    offset += n;
-    count -= n;
-  }
-  return 0;
-}
-
-static uint64_t
-file_get_size (const struct qcow2_io *io)
-{
-  return file_of_io (io)->size;
-}
+/* Enough to recognise a file. */
+#define HEAD 512
 
 /* Contents that a filter between the file and us turns into an image. */
 static bool
@@ -93,12 +52,12 @@ is_wrapped (const uint8_t *head)
 }
 
 static bool
-should_check (const struct file *file)
+should_check (const struct source *file)
 {
-  uint8_t head[DISK_HEAD] = { 0 };
-  const size_t n = MIN (file->size, sizeof head);
+  uint8_t head[HEAD] = { 0 };
+  const size_t n = MIN (source_size (file), sizeof head);
 
-  if (n && file_pread (&file->io, head, n, 0, NULL) == -1)
+  if (n && file->io.pread (&file->io, head, n, 0, NULL) == -1)
     return false;               /* the plugin will meet that too */
   return qcow2_header_probe (head, n) ||
     (!config.other_keys && !is_wrapped (head));
@@ -114,46 +73,38 @@ check_snapshot (const struct qcow2_image *image, GError **error)
     return 0;
   sn = qcow2_snapshots_find (image->snapshots, config.snapshot);
   if (!sn)
-    return qcow2_fail (error, ENOENT, "qcow2-snapshot: the image has no "
+    return qcow2_fail (error, ENOENT, "%s: qcow2-snapshot: the image has no "
                        "snapshot with the name or ID \"%s\"",
-                       config.snapshot);
+                       config.file, config.snapshot);
   return qcow2_image_snapshot_view (image, sn, &view, error);
 }
 
 static int
-check_image (const struct file *file, GError **error)
+check_image (struct source *file, GError **error)
 {
-  struct qcow2_image *image = qcow2_image_open (&file->io, error);
-  int r = -1;
+  struct node *top = chain_open (file, NULL, error);
+  int r = top ? check_snapshot (top->image, error) : -1;
 
-  if (image && disk_check_permitted (image->header, error) == 0)
-    r = check_snapshot (image, error);
-  qcow2_image_close (image);
+  chain_close (top);
   return r;
 }
 
 int
 start_check (void)
 {
-  struct file file = {
-    .io = { .pread = file_pread, .get_size = file_get_size },
-  };
   g_autoptr (GError) error = NULL;
-  struct stat st;
+  struct source *file;
   int r = 0;
 
   if (!config.file || config.files != 1 || config.moved)
     return 0;
-  file.fd = open (config.file, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-  if (file.fd == -1)
+  file = file_open (config.file, NULL);
+  if (!file)
     return 0;                   /* the plugin says what is wrong */
-  if (fstat (file.fd, &st) == 0 && S_ISREG (st.st_mode)) {
-    file.size = st.st_size;
-    if (should_check (&file))
-      r = check_image (&file, &error);
-  }
-  close (file.fd);
+  if (should_check (file))
+    r = check_image (file, &error);
+  source_close (file);
   if (r == -1)
-    nbdkit_error ("%s: %s", config.file, error->message);
+    nbdkit_error ("%s", error->message);
   return r;
 }
