@@ -6,11 +6,14 @@
 
 common_sources = \
 	qcow2/cache.c \
+	qcow2/cipher.c \
 	qcow2/codec.c \
+	qcow2/crypt.c \
 	qcow2/error.c \
 	qcow2/header.c \
 	qcow2/image.c \
 	qcow2/io.c \
+	qcow2/luks.c \
 	qcow2/mapping.c \
 	qcow2/refcount.c \
 	qcow2/snapshot.c \
@@ -18,12 +21,15 @@ common_sources = \
 
 common_headers = \
 	qcow2/cache.h \
+	qcow2/cipher.h \
 	qcow2/codec.h \
+	qcow2/crypt.h \
 	qcow2/error.h \
 	qcow2/format.h \
 	qcow2/header.h \
 	qcow2/image.h \
 	qcow2/io.h \
+	qcow2/luks.h \
 	qcow2/mapping.h \
 	qcow2/refcount.h \
 	qcow2/snapshot.h \

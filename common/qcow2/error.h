@@ -14,6 +14,7 @@
  *   ENOTSUP  valid, but something this build cannot read
  *   EIO      the layer below failed, or metadata met while reading is bad
  *   ENOENT   no such snapshot
+ *   EACCES   the passphrase does not open the image
  *   ENOMEM   a size taken from the image asks for more than there is
  *
  * Messages name the field, its value and what is allowed.  They do not
