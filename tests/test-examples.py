@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 
+import images
 import qf
 from qf import MiB
 
@@ -133,6 +134,7 @@ class Fixtures:
         qf.run([qf.tool("qemu-img"), "create", "-q", "-f", "qcow2",
                 "-b", "disk.qcow2", "-F", "qcow2", overlay], cwd=self.dir)
         qf.qemu_io(overlay, ["write -q -P 0xa5 1M 64k"])
+        self.encrypt(raw)
         self.split(image)
         if qf.tool("xz"):
             qf.run([qf.tool("xz"), "-k", "-0", "--block-size=16MiB", image])
@@ -141,6 +143,7 @@ class Fixtures:
             "snapshot.raw": convert(image, os.path.join(tmp, "snapshot"),
                                     "-l", "before-upgrade"),
             "overlay.raw": convert(overlay, os.path.join(tmp, "overlay")),
+            "secret.raw": read_file(raw),
             "hostname": HOSTNAME.encode(),
         }
         qf.check(self.results["disk.raw"] != self.results["snapshot.raw"],
@@ -148,6 +151,15 @@ class Fixtures:
 
     def path(self, name):
         return os.path.join(self.dir, name)
+
+    def encrypt(self, raw):
+        with open(self.path("passphrase.txt"), "w") as file:
+            file.write("open sesame")
+        image = self.path("secret.qcow2")
+        images.create_encrypted(image, "luks", "open sesame", DISK_SIZE)
+        target = f"driver=qcow2,encrypt.key-secret=s,file.filename={image}"
+        qf.qemu_img("convert", "--object", "secret,id=s,data=open sesame",
+                    "-f", "raw", "-n", "--target-image-opts", raw, target)
 
     def split(self, image):
         content = read_file(image)

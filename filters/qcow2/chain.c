@@ -103,12 +103,9 @@ open_image (struct node *node, struct source *top, nbdkit_backend *backend,
     return -1;
   log_image (container->name, node->image->header);
   qcow2_image_active_view (node->image, &node->view);
-  if (node->image->header->crypt_method != QCOW2_CRYPT_NONE)
-    return qcow2_fail (error, ENOTSUP, "the image is encrypted (%s), and "
-                       "there is no qcow2-passphrase to read it with",
-                       node->image->header->crypt_method == QCOW2_CRYPT_LUKS ?
-                       "LUKS" : "legacy AES");
-  return open_data_file (node, backend, error);
+  if (open_data_file (node, backend, error) == -1)
+    return -1;
+  return keys_get (node->image, &container->io, &node->crypt, error);
 }
 
 /* The format of a backing file: never guessed from its contents, as a

@@ -22,6 +22,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "qcow2/crypt.h"
 #include "qcow2/image.h"
 
 #include "source.h"
@@ -31,6 +32,7 @@ struct node {
                                    it through its own layer */
   struct source *data;          /* external data file, or NULL */
   struct qcow2_image *image;    /* NULL if the format is raw */
+  struct qcow2_crypt *crypt;    /* NULL if it is not encrypted */
   struct qcow2_view view;       /* of a raw one only the size is set */
   struct node *backing;         /* NULL: unallocated clusters are zeroes */
   bool ignored_backing;         /* there is one, but qcow2-backing=none */
@@ -69,5 +71,14 @@ chain_data (const struct node *node, struct source *top)
  * data clusters are holes.  Found out when first asked.
  */
 extern bool chain_is_preallocated (struct node *node, struct source *top);
+
+/* keys.c: the keys of encrypted images.  Deriving one takes seconds, so
+ * they are kept until the server ends, and found again by the encryption
+ * header that they belong to.
+ */
+extern int keys_get (const struct qcow2_image *image,
+                     const struct qcow2_io *io,
+                     struct qcow2_crypt **crypt, GError **error);
+extern void keys_forget_all (void);
 
 #endif /* CHAIN_H */

@@ -11,6 +11,7 @@
  *    start.c      the check of a local image before the server starts
  *    disk.c       the images that are open, one chain for each disk below
  *    chain.c      an image and its backing files
+ *    keys.c       the keys of encrypted images
  *    reference.c  names of other files in an image, and who permits them
  *    names.c      export names
  *    read.c       reading and prefetching data
@@ -38,6 +39,7 @@ struct config {
   uint64_t cache_size;
   struct policy backing, data_file;
   char *backing_format;         /* if neither the image nor backing tells */
+  GPtrArray *passphrases;       /* wiped when freed */
   bool each_export;             /* each export below is a disk of its own */
   char *file;                   /* a local file which may be the container */
   unsigned files;               /* how often file= was given */

@@ -37,9 +37,17 @@ NBDKIT_DLL_PUBLIC int qcow2_debug_verbose;
 static unsigned loaded;
 
 static void
+wipe_free (gpointer p)
+{
+  explicit_bzero (p, strlen (p));
+  free (p);
+}
+
+static void
 qcow2_load (void)
 {
-  loaded++;
+  if (loaded++ == 0)
+    config.passphrases = g_ptr_array_new_with_free_func (wipe_free);
 }
 
 static void
@@ -50,11 +58,24 @@ qcow2_unload (void)
   g_clear_pointer (&config.snapshot, g_free);
   g_clear_pointer (&config.file, free);
   g_clear_pointer (&config.backing_format, g_free);
+  g_clear_pointer (&config.passphrases, g_ptr_array_unref);
   policy_clear (&config.backing);
   policy_clear (&config.data_file);
+  keys_forget_all ();
 }
 
 /* Parameters. */
+
+static int
+parse_passphrase (const char *value)
+{
+  char *passphrase;
+
+  if (nbdkit_read_password (value, &passphrase) == -1)
+    return -1;
+  g_ptr_array_add (config.passphrases, passphrase);
+  return 0;
+}
 
 static int
 parse_backing_format (const char *value)
@@ -146,6 +167,8 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
     return parse_backing_format (value);
   if (strcmp (key, "qcow2-data-file") == 0)
     return policy_parse (&config.data_file, value);
+  if (strcmp (key, "qcow2-passphrase") == 0)
+    return parse_passphrase (value);
   if (strcmp (key, "exports") == 0)
     return parse_exports (value);
 
@@ -165,6 +188,8 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   "qcow2-data-file=refuse|dir:PATH|file:PATH|URI\n"                     \
   "                            What to do with an external data file\n" \
   "                            (default refuse).\n"                     \
+  "qcow2-passphrase=-|+FILE|-FD|PASSPHRASE\n"                           \
+  "                            Opens encrypted images.\n"               \
   "qcow2-cache-size=SIZE       Memory for caches (default 64M).\n"      \
   "exports=one|each            Whether each export below is an image\n" \
   "                            of its own (default: as the plugin's\n"  \

@@ -8,7 +8,7 @@
 /* Reading.
  *
  * A request is cut into runs.  Data runs are read straight into the
- * client's buffer; zeroes are filled in; what an
+ * client's buffer, and decrypted there; zeroes are filled in; what an
  * image does not have is read from its backing file, as far as that
  * reaches.
  *
@@ -34,6 +34,9 @@
 /* Compressed clusters that are fetched together, and bytes of them. */
 #define GROUP_CLUSTERS 32
 #define GROUP_BYTES (512U << 10)
+
+/* Encryption works on sectors. */
+#define SECTOR UINT64_C (512)
 
 /* An image of the chain as one connection reads it. */
 struct reader {
@@ -229,6 +232,59 @@ read_plain (const struct reader *rd, uint64_t host_offset, uint8_t *buf,
                                error);
 }
 
+/* Whole sectors, which are decrypted where they are wanted. */
+static int
+read_sectors (const struct reader *rd, uint64_t host_offset, uint8_t *buf,
+              uint64_t count, uint64_t offset, GError **error)
+{
+  if (read_plain (rd, host_offset, buf, count, error) == -1)
+    return -1;
+  return qcow2_crypt_decrypt (rd->node->crypt, buf, count, offset,
+                              host_offset, error);
+}
+
+/* A part of the sector that offset lies in.  *done is its length. */
+static int
+read_part_of_sector (const struct reader *rd, uint64_t host_offset,
+                     uint8_t *buf, uint64_t count, uint64_t offset,
+                     uint64_t *done, GError **error)
+{
+  const uint64_t begin = offset % SECTOR;
+  uint8_t sector[SECTOR];
+
+  *done = MIN (count, SECTOR - begin);
+  if (read_sectors (rd, host_offset - begin, sector, SECTOR, offset - begin,
+                    error) == -1)
+    return -1;
+  memcpy (buf, sector + begin, *done);
+  return 0;
+}
+
+static int
+read_encrypted (const struct reader *rd, uint64_t host_offset, uint8_t *buf,
+                uint64_t count, uint64_t offset, GError **error)
+{
+  uint64_t done;
+  int r;
+
+  while (count > 0) {
+    if (offset % SECTOR == 0 && count >= SECTOR) {
+      done = count - count % SECTOR;
+      r = read_sectors (rd, host_offset, buf, done, offset, error);
+    }
+    else
+      r = read_part_of_sector (rd, host_offset, buf, count, offset, &done,
+                               error);
+    if (r == -1)
+      return -1;
+    host_offset += done;
+    buf += done;
+    offset += done;
+    count -= done;
+  }
+  return 0;
+}
+
 /* The chain. */
 
 static int read_node (const struct reader *rd, uint8_t *buf, uint64_t count,
@@ -265,6 +321,9 @@ read_run (const struct reader *rd, const struct qcow2_run *run, uint8_t *buf,
   case QCOW2_RUN_UNALLOCATED:
     return read_backing (rd, buf, run->length, offset, error);
   case QCOW2_RUN_DATA:
+    if (rd->node->crypt)
+      return read_encrypted (rd, run->host_offset, buf, run->length, offset,
+                             error);
     return read_plain (rd, run->host_offset, buf, run->length, error);
   case QCOW2_RUN_COMPRESSED:
     return read_compressed (rd, run, buf, count, offset, done, error);
