@@ -17,6 +17,7 @@ common_sources = \
 	qcow2/mapping.c \
 	qcow2/refcount.c \
 	qcow2/snapshot.c \
+	qcow2/twofish.c \
 	$(NULL)
 
 common_headers = \
@@ -33,4 +34,5 @@ common_headers = \
 	qcow2/mapping.h \
 	qcow2/refcount.h \
 	qcow2/snapshot.h \
+	qcow2/twofish.h \
 	$(NULL)

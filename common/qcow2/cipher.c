@@ -18,6 +18,9 @@
  * of a batch are made at once, those of ESSIV with one call to
  * libgcrypt, and in ECB mode, which has none, the whole batch is one
  * call.
+ *
+ * libgcrypt has no Twofish with 192-bit keys.  qemu-img can use it, but
+ * only in XTS mode; that is in twofish.c, and needs no handle.
  */
 
 #include <config.h>
@@ -27,6 +30,7 @@
 
 #include "qcow2/cipher.h"
 #include "qcow2/error.h"
+#include "qcow2/twofish.h"
 
 #ifdef HAVE_LIBGCRYPT
 
@@ -35,8 +39,11 @@
 #define MAX_BLOCK 16
 #define BATCH 64                /* sectors */
 
+/* As an algorithm: no number of libgcrypt's. */
+#define TWOFISH192 -1
+
 struct handle {
-  gcry_cipher_hd_t data;
+  gcry_cipher_hd_t data;        /* NULL for TWOFISH192 */
   gcry_cipher_hd_t essiv;       /* NULL without ESSIV */
   struct handle *next;          /* in the pool */
 };
@@ -45,6 +52,7 @@ struct qcow2_cipher {
   struct qcow2_cipher_spec spec;
   uint8_t key[QCOW2_CIPHER_MAX_KEY];
   uint8_t essiv_key[QCOW2_CIPHER_MAX_KEY];
+  struct qcow2_twofish *twofish; /* TWOFISH192: for the data, the tweak */
   GMutex lock;
   struct handle *idle;          /* under lock */
 };
@@ -64,6 +72,7 @@ static const struct {
   { "serpent", 24, GCRY_CIPHER_SERPENT192 },
   { "serpent", 32, GCRY_CIPHER_SERPENT256 },
   { "twofish", 16, GCRY_CIPHER_TWOFISH128 },
+  { "twofish", 24, TWOFISH192 },
   { "twofish", 32, GCRY_CIPHER_TWOFISH },
 };
 
@@ -107,6 +116,13 @@ find_algorithm (const char *name, size_t key_length)
         algorithms[i].key_length == key_length)
       return algorithms[i].algorithm;
   return GCRY_CIPHER_NONE;
+}
+
+static size_t
+find_block_length (int algorithm)
+{
+  return algorithm == TWOFISH192 ? QCOW2_TWOFISH_BLOCK
+                                 : gcry_cipher_get_algo_blklen (algorithm);
 }
 
 static int
@@ -178,7 +194,7 @@ qcow2_cipher_parse (const char *name, const char *mode, size_t key_length,
 {
   g_autofree char *safe_name = g_strescape (name, NULL);
   g_autofree char *safe_mode = g_strescape (mode, NULL);
-  size_t keys;
+  bool xts;
 
   memset (spec, 0, sizeof *spec);
   if (parse_mode (name, mode, spec) == -1)
@@ -186,12 +202,14 @@ qcow2_cipher_parse (const char *name, const char *mode, size_t key_length,
                        "cipher \"%s\"), which is not supported",
                        safe_mode, safe_name);
 
-  keys = spec->mode == GCRY_CIPHER_MODE_XTS ? 2 : 1;
-  if (key_length % keys == 0)
-    spec->algorithm = find_algorithm (name, key_length / keys);
-  spec->block_length = gcry_cipher_get_algo_blklen (spec->algorithm);
+  xts = spec->mode == GCRY_CIPHER_MODE_XTS;
+  if (!xts || key_length % 2 == 0)
+    spec->algorithm = find_algorithm (name, key_length / (xts ? 2 : 1));
+  spec->block_length = find_block_length (spec->algorithm);
   spec->key_length = key_length;
-  if (!spec->algorithm || (keys == 2 && spec->block_length != MAX_BLOCK))
+  if (!spec->algorithm ||
+      (xts && spec->block_length != MAX_BLOCK) ||
+      (!xts && spec->algorithm == TWOFISH192))
     return qcow2_fail (error, ENOTSUP, "cipher is \"%s\" in mode \"%s\" with "
                        "a key of %zu bytes, which is not supported",
                        safe_name, safe_mode, key_length);
@@ -224,10 +242,11 @@ handle_new (const struct qcow2_cipher *cipher, GError **error)
 {
   const struct qcow2_cipher_spec *spec = &cipher->spec;
   struct handle *handle = g_new0 (struct handle, 1);
-  gcry_error_t err;
+  gcry_error_t err = 0;
 
-  err = open_keyed (&handle->data, spec->algorithm, spec->mode,
-                    cipher->key, spec->key_length);
+  if (!cipher->twofish)
+    err = open_keyed (&handle->data, spec->algorithm, spec->mode,
+                      cipher->key, spec->key_length);
   if (!err && spec->ivgen == QCOW2_IVGEN_ESSIV)
     err = open_keyed (&handle->essiv, spec->essiv_algorithm,
                       GCRY_CIPHER_MODE_ECB, cipher->essiv_key,
@@ -263,6 +282,24 @@ handle_put (struct qcow2_cipher *cipher, struct handle *handle)
   g_mutex_unlock (&cipher->lock);
 }
 
+static struct qcow2_twofish *
+twofish_new (const uint8_t *key, size_t key_length)
+{
+  struct qcow2_twofish *twofish = g_new (struct qcow2_twofish, 2);
+
+  qcow2_twofish_set_key (&twofish[0], key, key_length / 2);
+  qcow2_twofish_set_key (&twofish[1], key + key_length / 2, key_length / 2);
+  return twofish;
+}
+
+static void
+twofish_free (struct qcow2_twofish *twofish)
+{
+  if (twofish)
+    explicit_bzero (twofish, 2 * sizeof *twofish);
+  g_free (twofish);
+}
+
 struct qcow2_cipher *
 qcow2_cipher_new (const struct qcow2_cipher_spec *spec, const uint8_t *key,
                   GError **error)
@@ -274,6 +311,8 @@ qcow2_cipher_new (const struct qcow2_cipher_spec *spec, const uint8_t *key,
   if (spec->ivgen == QCOW2_IVGEN_ESSIV)
     gcry_md_hash_buffer (spec->essiv_hash, cipher->essiv_key,
                          key, spec->key_length);
+  if (spec->algorithm == TWOFISH192)
+    cipher->twofish = twofish_new (key, spec->key_length);
   g_mutex_init (&cipher->lock);
   /* Whatever can go wrong with a handle does so here, with the first. */
   cipher->idle = handle_new (cipher, error);
@@ -295,6 +334,7 @@ qcow2_cipher_free (struct qcow2_cipher *cipher)
     cipher->idle = handle->next;
     handle_free (handle);
   }
+  twofish_free (cipher->twofish);
   g_mutex_clear (&cipher->lock);
   explicit_bzero (cipher, sizeof *cipher);
   g_free (cipher);
@@ -325,11 +365,17 @@ make_ivs (const struct qcow2_cipher_spec *spec, struct handle *handle,
 }
 
 static gcry_error_t
-decrypt_sector (const struct qcow2_cipher_spec *spec, struct handle *handle,
+decrypt_sector (const struct qcow2_cipher *cipher, struct handle *handle,
                 uint8_t *buf, const uint8_t *iv)
 {
+  const struct qcow2_cipher_spec *spec = &cipher->spec;
   gcry_error_t err;
 
+  if (cipher->twofish) {
+    qcow2_twofish_xts_decrypt (&cipher->twofish[0], &cipher->twofish[1], iv,
+                               buf, QCOW2_CIPHER_SECTOR);
+    return 0;
+  }
   if (spec->mode == GCRY_CIPHER_MODE_CTR)
     err = gcry_cipher_setctr (handle->data, iv, spec->block_length);
   else
@@ -341,9 +387,10 @@ decrypt_sector (const struct qcow2_cipher_spec *spec, struct handle *handle,
 }
 
 static gcry_error_t
-decrypt_batch (const struct qcow2_cipher_spec *spec, struct handle *handle,
+decrypt_batch (const struct qcow2_cipher *cipher, struct handle *handle,
                uint8_t *buf, size_t count, uint64_t sector)
 {
+  const struct qcow2_cipher_spec *spec = &cipher->spec;
   uint8_t ivs[BATCH * MAX_BLOCK];
   gcry_error_t err;
 
@@ -353,7 +400,7 @@ decrypt_batch (const struct qcow2_cipher_spec *spec, struct handle *handle,
 
   err = make_ivs (spec, handle, ivs, count, sector);
   for (size_t i = 0; !err && i < count; ++i)
-    err = decrypt_sector (spec, handle, buf + i * QCOW2_CIPHER_SECTOR,
+    err = decrypt_sector (cipher, handle, buf + i * QCOW2_CIPHER_SECTOR,
                           ivs + i * spec->block_length);
   return err;
 }
@@ -371,7 +418,7 @@ qcow2_cipher_decrypt (struct qcow2_cipher *cipher, void *buf, size_t count,
   while (!err && count > 0) {
     const size_t n = MIN (count, BATCH);
 
-    err = decrypt_batch (&cipher->spec, handle, p, n, sector);
+    err = decrypt_batch (cipher, handle, p, n, sector);
     p += n * QCOW2_CIPHER_SECTOR;
     sector += n;
     count -= n;

@@ -34,10 +34,10 @@ enum qcow2_ivgen {
 
 /* What a cipher does, without its key.  Filled by qcow2_cipher_parse. */
 struct qcow2_cipher_spec {
-  int algorithm;                /* these four are libgcrypt's numbers */
+  int algorithm;                /* libgcrypt's number, as the next three */
   int mode;
-  int essiv_algorithm;          /* only for ESSIV */
-  int essiv_hash;               /* only for ESSIV */
+  int essiv_algorithm;          /* 0 without ESSIV */
+  int essiv_hash;               /* 0 without ESSIV */
   enum qcow2_ivgen ivgen;
   size_t block_length;          /* bytes that the algorithm works on */
   size_t key_length;            /* in bytes; XTS: of both keys together */
