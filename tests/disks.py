@@ -75,9 +75,10 @@ def sparse_oracle_of(tmp, path):
     """For disks too large for a raw file: only what the map calls data."""
     oracle = Oracle(virtual_size(path))
     raw = os.path.join(tmp, "oracle.raw")
-    for start, length, zero, _, _ in qemu_map(path):
-        if zero:
+    for entry in qemu_map(path):
+        if entry["zero"]:
             continue
+        start, length = entry["start"], entry["length"]
         window = {"driver": "raw", "offset": start, "size": length,
                   "file": {"driver": "qcow2",
                            "file": {"driver": "file", "filename": path}}}
@@ -93,10 +94,8 @@ def virtual_size(path):
 
 
 def qemu_map(path, form="qcow2"):
-    """[(start, length, zero, present, offset in the file or None)]"""
-    out = qemu_img("map", "--output=json", "-f", form, path)
-    return [(e["start"], e["length"], e["zero"], e["present"],
-             e.get("offset")) for e in json.loads(out)]
+    """qemu-img map's entries: start, length, zero, data, present..."""
+    return json.loads(qemu_img("map", "--output=json", "-f", form, path))
 
 
 def nbd_map(uri):
@@ -120,17 +119,53 @@ def merged(extents):
     return out
 
 
-def expected_map(path):
+def expected_map(path, form="qcow2"):
     """What base:allocation should say, by qemu-img's map of the image.
 
     Zeroes that are allocated (QEMU gives their place in the file) are
     ZERO, other zeroes are HOLE and ZERO, all the rest is data.
     """
-    return merged(
-        (start, length,
-         0 if not zero else
-         ZERO if present and offset is not None else HOLE | ZERO)
-        for start, length, zero, present, offset in qemu_map(path))
+    def kind(entry):
+        if not entry["zero"]:
+            return 0
+        return ZERO if entry["present"] and "offset" in entry \
+            else HOLE | ZERO
+
+    return merged((entry["start"], entry["length"], kind(entry))
+                  for entry in qemu_map(path, form))
+
+
+def with_expected_map(path, function):
+    """Call function with the map that is expected of the image.
+
+    QEMU shows holes of the file in clusters that are data.  Linux calls
+    space that was allocated but not written a hole only until it has been
+    read.  So if function fails, and what QEMU says has changed, it is
+    called again with that.
+    """
+    for _ in range(10):
+        expected = expected_map(path)
+        try:
+            return function(expected)
+        except Fail:
+            if expected_map(path) == expected:
+                raise
+    raise Fail(f"{path}: QEMU's map of it changes all the time")
+
+
+def as_data(extents, ranges):
+    """Call data what lies in the (start, length)s."""
+    out = []
+    for start, length, kind in extents:
+        for low, count in ranges:
+            high = min(low + count, start + length)
+            low = max(low, start)
+            if low >= high:
+                continue
+            out += [(start, low - start, kind), (low, high - low, 0)]
+            start, length = high, start + length - high
+        out.append((start, length, kind))
+    return merged(out)
 
 
 def compare_maps(what, actual, expected):

@@ -252,6 +252,12 @@ def serve(tmp, *args, env=None):
     try:
         yield server
         server.stop()
+    except (Fail, nbd.Error):
+        status = server.process.poll()
+        print("The server " + ("was running" if status is None
+                               else f"had ended with status {status}")
+              + f":\n{server.log()[-4000:]}", flush=True)
+        raise
     finally:
         server.kill()
 

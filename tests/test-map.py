@@ -88,19 +88,23 @@ def with_real_holes(path):
     os.rename(copy, path)
 
 
+def test_server(server, what, expected):
+    disks.compare_maps(what, disks.merged(disks.nbd_map(server.uri())),
+                       expected)
+    handle = server.connect()
+    test_coarseness(what, handle)
+    test_random_requests(what, handle, expected)
+    handle.shutdown()
+    return len(expected)
+
+
 def test_case(tmp, case):
     path = case.make(tmp)
-    with_real_holes(path)
-    expected = disks.expected_map(path)
     with qf.serve_qcow2(tmp, path) as server:
-        disks.compare_maps(case.name, disks.merged(disks.nbd_map(server.uri())),
-                        expected)
-        handle = server.connect()
-        test_coarseness(case.name, handle)
-        test_random_requests(case.name, handle, expected)
-        handle.shutdown()
+        count = disks.with_expected_map(
+            path, lambda expected: test_server(server, case.name, expected))
     os.unlink(path)
-    return len(expected)
+    return count
 
 
 def test_io(tmp):
