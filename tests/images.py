@@ -118,7 +118,7 @@ class Builder:
 
     def random_range(self, align, limit=None):
         """An aligned range; only the disk's end may cut it."""
-        limit = limit or max(self.size // 5, 2 * align)
+        limit = limit or max(self.size // 8, 2 * align)
         units = (self.size + align - 1) // align
         most = max(min(limit // align, units), 1)
         count = int(most ** self.rng.random() + 0.5)
@@ -126,16 +126,19 @@ class Builder:
         offset = start * align
         return offset, max(min(count * align, self.size - offset), 1)
 
-    def mix(self, rounds=48, compress=True, low=0):
+    def mix(self, rounds=None, compress=True):
         """Every state of a cluster, over and over each other."""
+        rounds = rounds or (80 if self.size < 8 * MiB else 32)
+        kinds = "wwwwssszzzuudccc"
+        if self.unit < self.cluster:
+            # Within clusters only, if compressed ones do not cover all.
+            kinds = "wwwwssszzzzuudc"
         for _ in range(rounds):
-            kind = self.rng.choice("wwwsszzuuddcccc")
+            kind = self.rng.choice(kinds)
             if kind == "c" and not compress:
                 kind = "w"
             align = {"s": 512, "c": self.cluster}.get(kind, self.unit)
             offset, length = self.random_range(align)
-            if offset < low:
-                continue
             if kind in "ws":
                 self.write(offset, length)
             elif kind == "c":
@@ -256,6 +259,15 @@ def fill_snapshots(b):
         qf.qemu_img("snapshot", "-c", name, b.path)
     b.mix(rounds=16)
     qf.qemu_img("snapshot", "-d", "two", b.path)
+
+
+def fill_short_header(b):
+    """As QEMU wrote version 3 before there were compression types, with
+    an extension that nobody knows."""
+    fill_mix(b)
+    found = edit.extensions(b.path)
+    edit.put(b.path, "header_length", 104)
+    edit.set_extensions(b.path, [(0x6e6f6e65, b"thirteen byte")] + found)
 
 
 def fill_odd_header_size(by):
@@ -447,6 +459,7 @@ def feature_cases():
         Case("bitmaps-extl2", 6 * MiB, "extended_l2=on", fill_bitmaps),
         Case("snapshots-v2", 6 * MiB, "compat=0.10", fill_snapshots),
         Case("snapshots-v3", 2 * MiB, "cluster_size=1k", fill_snapshots),
+        Case("short-header", 6 * MiB, "", fill_short_header),
         Case("truncated-sector", 6 * MiB, "", fill_truncated_sector,
              clean=False),
         Case("scattered-512", 256 * KiB, "cluster_size=512",
@@ -473,6 +486,7 @@ def size_cases():
         Case("size-odd", MiB + 512, "", fill_odd_header_size(300)),
         Case("size-odd-4k", MiB, "cluster_size=4k",
              fill_odd_header_size(-1)),
+        Case("size-below-512", 512, "", fill_odd_header_size(-212)),
         Case("grown", 3 * MiB, "cluster_size=4k", fill_grown),
         Case("shrunk", 6 * MiB, "cluster_size=1k", fill_shrunk),
         Case("shrunk-512", MiB, "cluster_size=512", fill_shrunk),
