@@ -9,6 +9,7 @@ Messages are matched by their key words only.
 import os
 import time
 
+import disks
 import images
 import qcow2edit as edit
 import qf
@@ -193,12 +194,26 @@ def test_missing_file(tmp):
             ["nowhere"])
 
 
+def test_warning(tmp):
+    """A corrupt image is served, with a warning; others without a word."""
+    path = plain_image(tmp, "marked")
+    oracle = disks.oracle_of(tmp, path)
+    for bit, word in ((edit.INCOMPAT_CORRUPT, "corrupt"),
+                      (edit.INCOMPAT_DIRTY, None), (0, None)):
+        edit.put(path, "incompatible", bit)
+        with qf.serve_qcow2(tmp, path) as server:
+            disks.verify_disk(server, f"feature bits {bit}", oracle)
+            log = server.log()
+        qf.check(word in log if word else log == "",
+                 f"feature bits {bit}: stderr is {log!r}")
+
+
 def test(tmp):
     qf.need("qemu-img", "qemu-io")
     qf.parts(tmp, test_not_qcow2, test_backing_file, test_data_file,
              test_encryption, test_incompatible_features,
              test_compression_type, test_version, test_parameters,
-             test_twice, test_broken, test_missing_file)
+             test_twice, test_broken, test_missing_file, test_warning)
 
 
 qf.main(test)
