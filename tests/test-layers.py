@@ -88,6 +88,7 @@ def test_file(tmp):
 
 def test_nbd_and_memory(tmp):
     qf.need("nbdcopy")
+    qf.need_plugins("nbd", "memory")
     image = Image(tmp)
     with qf.serve(tmp, "-r", "file", image.path) as lower:
         over(tmp, image, "nbd", f"socket={lower.sock}", what="nbd over file")
@@ -98,11 +99,13 @@ def test_nbd_and_memory(tmp):
 
 
 def test_data(tmp):
+    qf.need_plugins("data")
     image = Image(tmp)
     over(tmp, image, "data", f" <{image.path} ", what="data")
 
 
 def test_split(tmp):
+    qf.need_plugins("split")
     image = Image(tmp)
     with open(image.path, "rb") as file:
         content = file.read()
@@ -117,6 +120,7 @@ def test_split(tmp):
 
 def test_curl(tmp):
     """An image on a web server."""
+    qf.need_plugins("curl")
     image = Image(tmp)
     sock = os.path.join(tmp, "http")
     with httprange.serve(image.path, sock):
@@ -126,6 +130,7 @@ def test_curl(tmp):
 
 def test_ssh(tmp):
     qf.need("sshd")
+    qf.need_plugins("ssh")
     keygen = shutil.which("ssh-keygen")
     if not keygen:
         raise qf.Skip("no ssh-keygen")
@@ -179,12 +184,12 @@ def wait_for_port(port, process):
 
 def test_compressed_containers(tmp):
     image = Image(tmp)
-    if qf.tool("xz"):
+    if qf.tool("xz") and qf.plugin_exists("filter", "xz"):
         qf.run([qf.tool("xz"), "-k", "-1", "--block-size=256KiB",
                 image.path])
         over(tmp, image, "--filter=xz", "file", image.path + ".xz",
              what="xz")
-    if qf.tool("gzip"):
+    if qf.tool("gzip") and qf.plugin_exists("filter", "gzip"):
         qf.run([qf.tool("gzip"), "-k", "-1", image.path])
         over(tmp, image, "--filter=gzip", "file", image.path + ".gz",
              what="gzip")
@@ -213,6 +218,7 @@ def test_minimum_block_size(tmp):
 
 def test_thread_models(tmp):
     """Plugins that can do less at a time."""
+    qf.need_plugins("eval")
     image = Image(tmp, size=512 * KiB, options="cluster_size=64k")
     for model in ("parallel", "serialize_requests",
                   "serialize_all_requests", "serialize_connections"):

@@ -77,17 +77,6 @@ def test_random_requests(what, handle, expected):
                         clip(expected, offset, covered))
 
 
-def with_real_holes(path):
-    """Copy the image, with holes in place of what is only reserved.
-
-    What a file system calls a hole in space that was reserved but never
-    written depends on whether it is cached, and so on who looked first.
-    """
-    copy = path + ".sparse"
-    qf.run(["cp", "--sparse=always", path, copy])
-    os.rename(copy, path)
-
-
 def test_server(server, what, expected):
     disks.compare_maps(what, disks.merged(disks.nbd_map(server.uri())),
                        expected)
@@ -98,11 +87,21 @@ def test_server(server, what, expected):
     return len(expected)
 
 
+def test_file(tmp, path, what):
+    with qf.serve_qcow2(tmp, path) as server:
+        return disks.with_expected_map(
+            path, lambda expected: test_server(server, what, expected))
+
+
 def test_case(tmp, case):
     path = case.make(tmp)
-    with qf.serve_qcow2(tmp, path) as server:
-        count = disks.with_expected_map(
-            path, lambda expected: test_server(server, case.name, expected))
+    count = test_file(tmp, path, case.name)
+    if "preallocation" in case.options:
+        # Once more with holes in the file wherever there are zeroes.
+        copy = path + ".sparse"
+        qf.run(["cp", "--sparse=always", path, copy])
+        count += test_file(tmp, copy, f"{case.name} with holes")
+        os.unlink(copy)
     os.unlink(path)
     return count
 

@@ -136,9 +136,10 @@ def test_maps(tmp):
     shutil.move(shutil.copy(b.path, b.path + ".dense"), b.path)
     with qf.serve_qcow2(tmp, b.path) as server:
         for name in ("one", "two"):
-            disks.compare_maps(f"snapshot {name}",
-                            disks.merged(disks.nbd_map(server.uri("@" + name))),
-                            disks.expected_map(go_back(tmp, b.path, name)))
+            disks.compare_maps(
+                f"snapshot {name}",
+                disks.merged(disks.nbd_map(server.uri("@" + name))),
+                disks.expected_map(go_back(tmp, b.path, name)))
 
 
 def test_odd_names(tmp):
