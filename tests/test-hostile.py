@@ -34,6 +34,11 @@ READ_AT_MOST = 8 * MiB
 MEMORY_LIMIT = 64 * MiB
 CACHE = 1 * MiB
 
+# Sanitizers make each server slow to start, and take memory themselves:
+# with them, every so many images.
+SANITIZER = os.environ.get("SANITIZER", "none") != "none"
+SAMPLE = 25 if SANITIZER else 1
+
 # Fields for which we may read what qemu-img refuses, and the data need not
 # be that of the intact image: the field is allowed to say something else.
 EXPLAINED = {
@@ -353,7 +358,8 @@ def test_case(tmp, case):
                       qemu_content(tmp, path, export) if small else None)
             handle.shutdown()
         memory = peak_memory(server)
-        qf.check(memory < MEMORY_LIMIT, f"{memory // MiB} MiB of memory")
+        qf.check(memory < MEMORY_LIMIT or SANITIZER,
+                 f"{memory // MiB} MiB of memory")
         if failed:
             qf.check("error: " in server.log(), "no reason in the log")
     return failed
@@ -388,6 +394,8 @@ def test(tmp):
     qf.need("qemu-img", "qemu-io")
     cases = [case for name in BASES for case in Base(tmp, name).cases()
              if not sys.argv[1:] or f"{name}:{case.name}" in sys.argv[1:]]
+    if not sys.argv[1:]:
+        cases = cases[::SAMPLE]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda item: run_case(tmp, *item),
                                 enumerate(cases)))
