@@ -5,7 +5,11 @@
 # which compiles them once more, instrumented.
 
 common_sources = \
+	qcow2/bitmap.c \
 	qcow2/cache.c \
+	qcow2/check.c \
+	qcow2/check-mapping.c \
+	qcow2/check-refcounts.c \
 	qcow2/cipher.c \
 	qcow2/codec.c \
 	qcow2/crypt.c \
@@ -17,11 +21,15 @@ common_sources = \
 	qcow2/mapping.c \
 	qcow2/refcount.c \
 	qcow2/snapshot.c \
+	qcow2/tally.c \
 	qcow2/twofish.c \
 	$(NULL)
 
 common_headers = \
+	qcow2/bitmap.h \
 	qcow2/cache.h \
+	qcow2/check.h \
+	qcow2/check-internal.h \
 	qcow2/cipher.h \
 	qcow2/codec.h \
 	qcow2/crypt.h \
@@ -34,5 +42,6 @@ common_headers = \
 	qcow2/mapping.h \
 	qcow2/refcount.h \
 	qcow2/snapshot.h \
+	qcow2/tally.h \
 	qcow2/twofish.h \
 	$(NULL)

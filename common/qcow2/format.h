@@ -73,6 +73,8 @@ enum qcow2_compression {
 
 /* L1 and L2 entries. */
 #define QCOW2_ENTRY_OFFSET_MASK UINT64_C (0x00fffffffffffe00)
+#define QCOW2_L1_RESERVED_MASK UINT64_C (0x7f000000000001ff)
+#define QCOW2_L2_RESERVED_MASK UINT64_C (0x3f000000000001fe)
 #define QCOW2_ENTRY_COPIED (UINT64_C (1) << 63)
 #define QCOW2_L2_COMPRESSED (UINT64_C (1) << 62)
 #define QCOW2_L2_ZERO (UINT64_C (1) << 0)
@@ -80,6 +82,21 @@ enum qcow2_compression {
 
 /* The refcount table's entries. */
 #define QCOW2_REFTABLE_OFFSET_MASK UINT64_C (0xfffffffffffffe00)
+#define QCOW2_REFTABLE_RESERVED_MASK UINT64_C (0x1ff)
+
+/* Bitmaps. */
+#define QCOW2_MAX_BITMAPS 65535
+#define QCOW2_MAX_BITMAP_NAME 1023
+#define QCOW2_MAX_BITMAP_BYTES (UINT64_C (512) << 20)
+#define QCOW2_MIN_GRANULARITY_BITS 9
+#define QCOW2_MAX_GRANULARITY_BITS 31
+#define QCOW2_BITMAP_ENTRY_LENGTH 24 /* of the fixed part */
+#define QCOW2_BITMAP_IN_USE (UINT32_C (1) << 0)
+#define QCOW2_BITMAP_AUTO (UINT32_C (1) << 1)
+#define QCOW2_BITMAP_EXTRA_COMPATIBLE (UINT32_C (1) << 2)
+#define QCOW2_BITMAP_TYPE_DIRTY 1
+#define QCOW2_BITMAP_ENTRY_ONES (UINT64_C (1) << 0)
+#define QCOW2_BITMAP_ENTRY_RESERVED_MASK UINT64_C (0xff000000000001fe)
 
 static inline uint16_t
 qcow2_be16 (const void *p)

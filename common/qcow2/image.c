@@ -38,7 +38,8 @@ qcow2_image_open (const struct qcow2_io *io, GError **error)
   image->header = qcow2_header_load (io, error);
   if (!image->header || check_supported (image->header, error) == -1)
     goto error;
-  image->snapshots = qcow2_snapshots_load (image->header, io, error);
+  image->snapshots = qcow2_snapshots_load (image->header, io,
+                                           &image->snapshots_length, error);
   if (!image->snapshots)
     goto error;
 

@@ -27,6 +27,7 @@
 struct qcow2_image {
   struct qcow2_header *header;
   GPtrArray *snapshots;         /* of struct qcow2_snapshot */
+  uint64_t snapshots_length;    /* of their table, in bytes */
   uint32_t cluster_size;        /* in bytes */
   uint32_t slice_size;          /* bytes of a table that are read at once */
   struct qcow2_cache *tables;   /* slices of L1 and L2 tables, by offset */

@@ -19,29 +19,29 @@
 #include "qcow2/error.h"
 #include "qcow2/refcount.h"
 
+uint64_t
+qcow2_refcount_get (const uint8_t *block, uint64_t i, uint32_t refcount_order)
+{
+  const unsigned width = 1U << refcount_order; /* in bits */
+
+  switch (refcount_order) {
+  case 3: return block[i];
+  case 4: return qcow2_be16 (block + i * 2);
+  case 5: return qcow2_be32 (block + i * 4);
+  case 6: return qcow2_be64 (block + i * 8);
+  default:
+    return (block[i * width >> 3] >> (i * width & 7)) & ((1U << width) - 1);
+  }
+}
+
 /* How many of the first n refcounts in a block are not 0. */
 static uint64_t
-count_nonzero (const uint8_t *block, uint64_t n, unsigned order)
+count_nonzero (const uint8_t *block, uint64_t n, uint32_t order)
 {
   uint64_t found = 0;
 
-  for (uint64_t i = 0; i < n; ++i) {
-    if (order < 3) {
-      const unsigned width = 1U << order;
-      const unsigned shift = (i << order) & 7;
-
-      found += ((block[(i << order) >> 3] >> shift) &
-                ((1U << width) - 1)) != 0;
-    }
-    else {
-      const unsigned width = 1U << (order - 3);
-      uint8_t any = 0;
-
-      for (unsigned b = 0; b < width; ++b)
-        any |= block[i * width + b];
-      found += any != 0;
-    }
-  }
+  for (uint64_t i = 0; i < n; ++i)
+    found += qcow2_refcount_get (block, i, order) != 0;
   return found;
 }
 
@@ -80,8 +80,7 @@ qcow2_refcount_count_used (const struct qcow2_image *image,
   const uint64_t clusters =
     io->get_size (io) / image->cluster_size +
     (io->get_size (io) % image->cluster_size != 0);
-  const uint64_t per_block =
-    (uint64_t) image->cluster_size * 8 >> image->header->refcount_order;
+  const uint64_t per_block = qcow2_refcounts_per_block (image);
   const uint64_t table_entries =
     (uint64_t) image->header->refcount_table_clusters *
     (image->cluster_size / 8);

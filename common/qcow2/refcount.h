@@ -16,6 +16,17 @@
 
 #include "qcow2/image.h"
 
+/* The number of refcounts in one refcount block. */
+static inline uint64_t
+qcow2_refcounts_per_block (const struct qcow2_image *image)
+{
+  return (uint64_t) image->cluster_size * 8 >> image->header->refcount_order;
+}
+
+/* Refcount number i of those in a block. */
+extern uint64_t qcow2_refcount_get (const uint8_t *block, uint64_t i,
+                                    uint32_t refcount_order);
+
 /* Count the clusters of the container that are in use (whose refcount is
  * not 0), but stop as soon as limit of them were found.  Returns 0, or
  * -1 with error set.

@@ -111,6 +111,7 @@ take_extra (struct reader *r, uint32_t length, struct qcow2_snapshot *sn,
   if (take (r, extra, known, error) == -1)
     return -1;
   r->offset += length - known;
+  sn->extra_size = length;
   if (known >= 8)
     sn->vm_state_size = qcow2_be64 (extra);
   if (known >= 16)
@@ -143,7 +144,8 @@ take_snapshot (struct reader *r, struct qcow2_snapshot *sn, GError **error)
 
 GPtrArray *
 qcow2_snapshots_load (const struct qcow2_header *header,
-                      const struct qcow2_io *io, GError **error)
+                      const struct qcow2_io *io, uint64_t *length,
+                      GError **error)
 {
   g_autoptr (GPtrArray) snapshots =
     g_ptr_array_new_with_free_func (snapshot_free);
@@ -159,6 +161,7 @@ qcow2_snapshots_load (const struct qcow2_header *header,
     if (take_snapshot (r, sn, error) == -1)
       return NULL;
   }
+  *length = r->offset - r->start;
   return g_steal_pointer (&snapshots);
 }
 

@@ -25,18 +25,20 @@ struct qcow2_snapshot {
   uint64_t disk_size;           /* in bytes, as it stands */
   uint64_t vm_state_size;       /* in bytes */
   uint32_t date_sec, date_nsec; /* since the epoch */
+  uint32_t extra_size;          /* bytes of extra data that it has */
 };
 
 /* Read the snapshot table.  The snapshots' L1 tables are not looked at:
  * one that is bad need not keep anyone from reading the others.
  * Strings are as they stand in the image: any bytes but NUL.
  *
- * Returns an array (maybe empty) of struct qcow2_snapshot, or NULL with
- * error set.  Free with g_ptr_array_unref.
+ * Returns an array (maybe empty) of struct qcow2_snapshot, and in length
+ * the bytes that the table takes; or NULL with error set.  Free with
+ * g_ptr_array_unref.
  */
 extern GPtrArray *qcow2_snapshots_load (const struct qcow2_header *header,
                                         const struct qcow2_io *io,
-                                        GError **error);
+                                        uint64_t *length, GError **error);
 
 /* The first snapshot of that name; if there is none, the one with that
  * ID; else NULL.

@@ -35,6 +35,7 @@ struct disk {
   uint8_t head[HEAD];
   uint64_t size;                /* of the container */
   GPtrArray *snapshots;         /* NULL until first opened */
+  bool checked;                 /* qcow2-check=full was done */
 };
 
 static GMutex disks_lock;
@@ -109,6 +110,18 @@ read_head (const struct layer *layer, uint8_t *head, GError **error)
   return n ? io->pread (io, head, n, 0, error) : 0;
 }
 
+/* The first client to come lets the images be checked. */
+static int
+check_once (struct disk *disk, struct layer *layer, GError **error)
+{
+  if (disk->checked || !config.check)
+    return 0;
+  if (check_chain (disk->top, &layer->source, error) == -1)
+    return -1;
+  disk->checked = true;
+  return 0;
+}
+
 /* The first user opens the chain. */
 static int
 open_chain (struct disk *disk, struct layer *layer, nbdkit_backend *backend,
@@ -119,6 +132,10 @@ open_chain (struct disk *disk, struct layer *layer, nbdkit_backend *backend,
   disk->top = chain_open (&layer->source, backend, error);
   if (!disk->top)
     return -1;
+  if (backend && check_once (disk, layer, error) == -1) {
+    g_clear_pointer (&disk->top, chain_close);
+    return -1;
+  }
   disk->size = layer->limits.size;
   if (disk->snapshots)
     g_ptr_array_unref (disk->snapshots);

@@ -11,6 +11,7 @@
  *    start.c      the check of a local image before the server starts
  *    disk.c       the images that are open, one chain for each disk below
  *    chain.c      an image and its backing files
+ *    check.c      qcow2-check=full
  *    keys.c       the keys of encrypted images
  *    reference.c  names of other files in an image, and who permits them
  *    names.c      export names
@@ -40,6 +41,7 @@ struct config {
   struct policy backing, data_file;
   char *backing_format;         /* if neither the image nor backing tells */
   GPtrArray *passphrases;       /* wiped when freed */
+  bool check;                   /* before a disk is first served */
   bool each_export;             /* each export below is a disk of its own */
   char *file;                   /* a local file which may be the container */
   unsigned files;               /* how often file= was given */
@@ -74,6 +76,12 @@ extern GPtrArray *disk_last_snapshots (const char *base);
 
 /* Forget all disks. */
 extern void disk_forget_all (void);
+
+/* check.c: check all images of the chain; those that are damaged are
+ * refused.  source is what top is read from.
+ */
+extern int check_chain (const struct node *top, struct source *source,
+                        GError **error);
 
 /* start.c: check a local image as far as that is possible before the
  * server starts.  On failure the reason was reported.

@@ -106,6 +106,21 @@ parse_cache_size (const char *value)
 }
 
 static int
+parse_check (const char *value)
+{
+  if (strcmp (value, "full") == 0)
+    config.check = true;
+  else if (strcmp (value, "off") == 0)
+    config.check = false;
+  else {
+    nbdkit_error ("qcow2-check: \"%s\" is not a known value; "
+                  "use qcow2-check=off or qcow2-check=full", value);
+    return -1;
+  }
+  return 0;
+}
+
+static int
 parse_exports (const char *value)
 {
   if (strcmp (value, "each") == 0)
@@ -169,6 +184,8 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
     return policy_parse (&config.data_file, value);
   if (strcmp (key, "qcow2-passphrase") == 0)
     return parse_passphrase (value);
+  if (strcmp (key, "qcow2-check") == 0)
+    return parse_check (value);
   if (strcmp (key, "exports") == 0)
     return parse_exports (value);
 
@@ -191,6 +208,7 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   "qcow2-passphrase=-|+FILE|-FD|PASSPHRASE\n"                           \
   "                            Opens encrypted images.\n"               \
   "qcow2-cache-size=SIZE       Memory for caches (default 64M).\n"      \
+  "qcow2-check=off|full        Check the image before it is served.\n"  \
   "exports=one|each            Whether each export below is an image\n" \
   "                            of its own (default: as the plugin's\n"  \
   "                            dir parameter says)."
