@@ -22,6 +22,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -227,13 +228,15 @@ open_beneath (int dirfd, const char *path)
 struct source *
 file_open_beneath (const char *dir, const char *path, GError **error)
 {
-  g_autofree char *full = g_build_filename (dir, path, NULL);
+  const bool absolute = g_path_is_absolute (path);
+  g_autofree char *full =
+    absolute ? g_strdup (path) : g_build_filename (dir, path, NULL);
   g_autofree char *shown = g_strescape (full, NULL);
   int dirfd, fd, err;
 
-  if (g_path_is_absolute (path)) {
+  if (absolute) {
     qcow2_fail (error, EPERM, "\"%s\" is an absolute name, but only names "
-                "beneath the directory %s are allowed", path, dir);
+                "beneath the directory %s are allowed", shown, dir);
     return NULL;
   }
   dirfd = open (dir, O_PATH | O_DIRECTORY | O_CLOEXEC);

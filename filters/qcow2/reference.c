@@ -240,9 +240,12 @@ parse_json (const char *text, struct reference *ref, GError **error)
   g_autoptr (GError) why = NULL;
   JsonNode *root;
 
-  if (!json_parser_load_from_data (parser, text, -1, &why))
+  if (!json_parser_load_from_data (parser, text, -1, &why)) {
+    g_autofree char *shown = g_strescape (why->message, NULL);
+
     return qcow2_fail (error, EINVAL, "a json: name that is no JSON: %s",
-                       why->message);
+                       shown);
+  }
   root = json_parser_get_root (parser);
   if (!root || !JSON_NODE_HOLDS_OBJECT (root))
     return qcow2_fail (error, EINVAL, "a json: name that is no object");
@@ -252,10 +255,15 @@ parse_json (const char *text, struct reference *ref, GError **error)
 int
 reference_parse (const char *name, struct reference *ref, GError **error)
 {
+  int r;
+
   memset (ref, 0, sizeof *ref);
-  if (g_str_has_prefix (name, "json:"))
-    return parse_json (name + strlen ("json:"), ref, error);
-  return parse_plain (name, ref, error);
+  r = g_str_has_prefix (name, "json:") ?
+    parse_json (name + strlen ("json:"), ref, error) :
+    parse_plain (name, ref, error);
+  if (r == -1)
+    reference_clear (ref);
+  return r;
 }
 
 /* Opening. */
@@ -299,10 +307,13 @@ open_in_dir (const struct policy *policy, const char *what, const char *name,
 
   if (reference_parse (name, &ref, error) == -1)
     return NULL;
-  if (ref.uri)
+  if (ref.uri) {
+    g_autofree char *shown = g_strescape (ref.uri, NULL);
+
     qcow2_fail (error, EPERM, "the %s is the NBD server %s, which "
                 "%s=dir: does not permit; %s=%s would",
-                what, ref.uri, policy->key, policy->key, ref.uri);
+                what, shown, policy->key, policy->key, shown);
+  }
   else {
     /* An absolute name must not become a relative one by joining. */
     *path = g_path_is_absolute (ref.path) ? g_strdup (ref.path) :

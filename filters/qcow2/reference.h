@@ -51,7 +51,7 @@ struct reference {
 };
 
 /* Understands plain names, file:, nbd: and NBD URIs, and json: with
- * these in it.
+ * these in it.  On failure there is nothing to clear.
  */
 extern int reference_parse (const char *name, struct reference *ref,
                             GError **error);

@@ -5,7 +5,8 @@
  * The full text is in the file LICENSE.
  */
 
-/* Fuzzing of common/qcow2: open an image, map it, read it.
+/* Fuzzing of common/qcow2: open an image, map it, read it, open its
+ * encryption, check it.
  *
  * The input is the container, so a small qcow2 file can be given as it
  * is.  That would make inputs large whenever clusters are, so there is
@@ -38,7 +39,9 @@
 
 #include <zlib.h>
 
+#include "qcow2/check.h"
 #include "qcow2/codec.h"
+#include "qcow2/crypt.h"
 #include "qcow2/error.h"
 #include "qcow2/image.h"
 #include "qcow2/mapping.h"
@@ -52,6 +55,10 @@
 
 #define READ_BUDGET (256U << 10)
 #define REFCOUNT_BUDGET (8U << 10)
+#define CRYPT_BUDGET (512U << 10)
+#define CHECK_BUDGET (1U << 20)
+#define MAX_CHECK_CLUSTERS (64U << 10)
+#define MAX_ITERATIONS 16       /* of key derivation */
 #define CACHE_SIZE (32U << 10)
 #define MAX_STEPS 12            /* runs looked at from one offset on */
 #define MAX_COUNT 24            /* clusters mapped at once */
@@ -574,6 +581,88 @@ count_used (const struct target *t)
     require (used <= t->c->size / t->image->cluster_size + 1);
 }
 
+/* Key derivations take as long as the header says. */
+static bool
+is_quick_luks (const struct target *t)
+{
+  GBytes *bytes = qcow2_header_find_extension (t->image->header,
+                                               QCOW2_EXT_CRYPTO);
+  uint8_t luks[592];
+
+  if (!bytes || g_bytes_get_size (bytes) < 8)
+    return true;                /* it does not come to that */
+  contents (t->c, luks, sizeof luks,
+            qcow2_be64 (g_bytes_get_data (bytes, NULL)) & INT64_MAX);
+  for (unsigned slot = 0; slot < 8; ++slot)
+    if (qcow2_be32 (luks + 212 + slot * 48) > MAX_ITERATIONS)
+      return false;
+  return qcow2_be32 (luks + 164) <= MAX_ITERATIONS;
+}
+
+static void
+decrypt (const struct target *t)
+{
+  const struct qcow2_header *header = t->image->header;
+  g_autoptr (GError) error = NULL;
+  struct qcow2_crypt *crypt;
+  uint8_t buf[1024] = { 0 };
+
+  if (header->crypt_method == QCOW2_CRYPT_NONE ||
+      (header->crypt_method == QCOW2_CRYPT_LUKS && !is_quick_luks (t)))
+    return;
+  t->c->budget = CRYPT_BUDGET;
+  crypt = qcow2_crypt_open (header, &t->c->io, "secret", 6, &error);
+  if (!crypt) {
+    check_error (&error);
+    return;
+  }
+  if (qcow2_crypt_decrypt (crypt, buf, sizeof buf,
+                           t->c->probe & ~UINT64_C (511),
+                           t->c->probe & ~UINT64_C (511), &error) == -1)
+    check_error (&error);
+  qcow2_crypt_close (crypt);
+}
+
+static void
+on_report (void *opaque, const char *message)
+{
+  unsigned *reports = opaque;
+
+  require (*message && g_str_is_ascii (message));
+  require (++*reports <= QCOW2_CHECK_MAX_REPORTS);
+}
+
+static int
+on_progress (void *opaque, unsigned percent)
+{
+  require (percent <= 100);
+  return 0;
+}
+
+static void
+check_consistency (const struct target *t)
+{
+  unsigned reports = 0;
+  const struct qcow2_check_observer observer = {
+    .report = on_report, .progress = on_progress, .opaque = &reports,
+  };
+  struct qcow2_check_result r;
+  g_autoptr (GError) error = NULL;
+
+  if (t->c->size / t->image->cluster_size > MAX_CHECK_CLUSTERS)
+    return;
+  t->c->budget = CHECK_BUDGET;
+  if (qcow2_check (t->image, &t->c->io, &observer, &r, &error) == -1) {
+    check_error (&error);
+    return;
+  }
+  require ((r.corruptions || r.leaks || r.check_errors) == (reports > 0));
+  require (r.fragmented_clusters <= r.allocated_clusters);
+  require (r.compressed_clusters <= r.allocated_clusters);
+  require (r.image_end_offset <=
+           t->c->size + UINT64_C (2) * t->image->cluster_size);
+}
+
 int
 LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
 {
@@ -594,6 +683,8 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
   walk_view (&t);
   check_snapshots (&t);
   count_used (&t);
+  decrypt (&t);
+  check_consistency (&t);
   qcow2_image_close (t.image);
   return 0;
 }

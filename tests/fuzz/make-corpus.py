@@ -280,13 +280,37 @@ def bitmaps(tmp):
     return image, {}
 
 
-def encrypted(tmp):
-    """Only the header; LUKS itself would take many sectors."""
+def luks_header(mode, key_bytes):
+    """Key slots with little work to try; their material is zeroes."""
+    sectors = (key_bytes * 4000 + 511) // 512
+    head = struct.pack(">6sH32s32s32sII20s32sI40s", b"LUKS\xba\xbe", 1,
+                       b"aes", mode, b"sha1", 4096, key_bytes, b"d" * 20,
+                       b"s" * 32, 1, b"uuid")
+    slots = [struct.pack(">II32sII", 0xac71f3 if i < 2 else 0xdead, 1,
+                         b"t" * 32, 8 + i * (sectors + 7) // 8 * 8, 4000)
+             for i in range(8)]
+    return head + b"".join(slots)
+
+
+def encrypted(tmp, mode=b"cbc-essiv:sha256", key_bytes=16):
     image = Image(tmp, 64 << 10, "cluster_size=512")
+    header = luks_header(mode, key_bytes)
+    length = 4096 + 8 * (key_bytes * 4000 + 4096)
+    offset = edit.append_clusters(image.path, header + bytes(length))
     image.put("crypt", 2)
     edit.set_extensions(image.path, [(0x0537be77,
-                                      struct.pack(">QQ", 4096, 8192))])
+                                      struct.pack(">QQ", offset, length))])
     return image, {}
+
+
+def encrypted_xts(tmp):
+    return encrypted(tmp, b"xts-plain64", 64)
+
+
+def encrypted_aes(tmp):
+    image = Image(tmp, 64 << 10, "cluster_size=512")
+    image.put("crypt", 1)
+    return image, {"probe": 4096}
 
 
 def narrow_refcounts(tmp):
@@ -324,8 +348,8 @@ SEEDS = (v3, v2, default_clusters, largest_clusters, l1_holes, contiguous,
          extended, extended_large, zstd_clusters, zstd_frames, deflate_long,
          deflate_stored, snapshots, snapshots_extra, snapshots_v2, backing,
          backing_nameless_format, data_file, unknown_feature,
-         unknown_extension, many_extensions, bitmaps, encrypted, narrow_refcounts,
-         wide_refcounts, empty, short, beyond)
+         unknown_extension, many_extensions, bitmaps, encrypted,
+         encrypted_xts, encrypted_aes, narrow_refcounts, wide_refcounts, empty, short, beyond)
 
 
 def main():
