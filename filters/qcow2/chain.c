@@ -282,7 +282,7 @@ chain_is_preallocated (struct node *node, struct source *top)
 
   /* Threads that meet here at first find out the same. */
   if (state == UNKNOWN) {
-    state = !node->data &&
+    state = !node->data && !node->crypt &&
       detect_preallocated (node, chain_container (node, top)) ? YES : NO;
     atomic_store_explicit (&node->preallocated, state, memory_order_relaxed);
   }

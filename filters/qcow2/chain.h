@@ -68,7 +68,8 @@ chain_data (const struct node *node, struct source *top)
 
 /* True if most of the container's clusters were only reserved when it
  * was made (preallocation=metadata), so that it is worth asking it which
- * data clusters are holes.  Found out when first asked.
+ * data clusters are holes.  Found out when first asked.  Never true of an
+ * encrypted image, where a hole is decrypted to something else than zeroes.
  */
 extern bool chain_is_preallocated (struct node *node, struct source *top);
 
