@@ -44,6 +44,9 @@ class Builder:
         self.seed = zlib.crc32(name.encode())
         self.options = dict(pair.split("=") for pair in options.split(",")
                             if pair)
+        if self.options.get("compression_type") == "zstd" \
+           and os.environ.get("LIBZSTD") == "no":
+            self.options["compression_type"] = "zlib"
         self.size = size
         self.cluster = parse_size(self.options.get("cluster_size", "64k"))
         self.unit = self.cluster

@@ -240,6 +240,9 @@ def missing(example, fixtures):
             return f"nbdkit's {name} filter"
     if "ext2file" in words and not fixtures.has_ext4:
         return "mkfs.ext4"
+    if "qcow2-passphrase=" in example \
+       and os.environ.get("LIBGCRYPT") == "no":
+        return "libgcrypt"
     if "disk.qcow2.xz" in words and not qf.tool("xz"):
         return "xz"
     return None

@@ -220,7 +220,7 @@ extended_piece (const struct position *pos, const uint8_t *p, uint32_t begin,
   const uint64_t entry = qcow2_be64 (p), bitmap = qcow2_be64 (p + 8);
   const uint32_t sub_size = pos->image->cluster_size / QCOW2_SUBCLUSTERS;
   unsigned sub = begin / sub_size;
-  struct qcow2_run next;
+  struct qcow2_run next = { 0 };
 
   if (entry & QCOW2_L2_COMPRESSED) {
     piece->length = pos->image->cluster_size - begin;

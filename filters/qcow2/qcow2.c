@@ -531,4 +531,7 @@ static struct nbdkit_filter filter = {
   .cache = qcow2_cache_range,
 };
 
+/* nbdkit-filter.h defines it without a declaration. */
+extern struct nbdkit_filter *filter_init (void);
+
 NBDKIT_REGISTER_FILTER (filter)
