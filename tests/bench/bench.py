@@ -11,6 +11,7 @@ else the machine does, and how warm it is, hits all of them alike.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -105,6 +106,10 @@ class Bench:
                 and (CONTENDERS[name].extents
                      or not case.workload.needs_extents))
 
+    def program(self, name, case):
+        """What runs in a case without clients."""
+        return case.workload.programs[name](self.library.path(case.image))
+
     def sample(self, argv_for, case):
         """One measurement with a fresh server: figure, CPU and memory."""
         with serve(argv_for, self.library, case) as server:
@@ -145,23 +150,38 @@ class Bench:
     def measure(self, case):
         """All repetitions of one case: {contender: Result}."""
         images.read_into_page_cache(self.library.path(case.image))
-        results = {name: report.Result(self.best_variant(name, case))
-                   for name in self.contenders if self.takes_part(name, case)}
-        chosen = {name: CONTENDERS[name].variants[result.variant]
-                  for name, result in results.items()}
-        for name, argv_for in chosen.items():
-            self.verify(name, argv_for, case)
+        names = [name for name in self.contenders
+                 if self.takes_part(name, case)]
+        if case.workload.programs:
+            results = {name: report.Result() for name in names}
+            samples = {name: functools.partial(tools.measure,
+                                               self.program(name, case))
+                       for name in names}
+        else:
+            results = {name: report.Result(self.best_variant(name, case))
+                       for name in names}
+            samples = {name: self.verified_sampler(name, result, case)
+                       for name, result in results.items()}
+        self.repeat(case, results, samples)
+        return results
+
+    def verified_sampler(self, name, result, case):
+        argv_for = CONTENDERS[name].variants[result.variant]
+        self.verify(name, argv_for, case)
+        return functools.partial(self.sample, argv_for, case)
+
+    def repeat(self, case, results, samples):
+        """Take all samples of a case, the contenders in turn."""
         order = list(results)
         for repetition in range(self.opts.repetitions):
             for name in order:
-                figure, cpu, peak = self.sample(chosen[name], case)
+                figure, cpu, peak = samples[name]()
                 say(f"{case.name} {repetition + 1}/{self.opts.repetitions} "
                     f"{name}: {case.workload.unit.show(figure)}")
                 results[name].figures.append(figure)
                 results[name].cpu.append(cpu)
                 results[name].peak.append(peak)
             order.append(order.pop(0))
-        return results
 
     def measure_all(self):
         measured = []
@@ -192,10 +212,14 @@ class Bench:
             yield f"  {case.name}: {case.title}{self.compression(case)}"
         yield "contenders, as run for the first case:"
         for name, result in measured[0][1].items() if measured else ():
-            argv = CONTENDERS[name].variants[result.variant](
-                self.library, measured[0][0], "SOCKET", "PIDFILE")
-            yield f"  {name}: {shlex.join(argv)}"
+            yield f"  {name}: {self.command(name, result, measured[0][0])}"
         yield from self.notes
+
+    def command(self, name, result, case):
+        if case.workload.programs:
+            return shlex.join(self.program(name, case))
+        return shlex.join(CONTENDERS[name].variants[result.variant](
+            self.library, case, "SOCKET", "PIDFILE"))
 
     def compression(self, case):
         if case.image not in images.COMPRESSED:

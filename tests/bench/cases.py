@@ -9,7 +9,9 @@ the client to workloads if it is of a new kind, and a Case here.
 
 import dataclasses
 
-from workloads import COPY, MAP, RANDOM_4K, SEQUENTIAL_4K, Workload
+from images import PASSPHRASE
+from workloads import (CHECK, COPY, MAP, RANDOM_4K, SEQUENTIAL_4K,
+                       Workload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,15 @@ class Case:
     image: str
     workload: Workload
     targets: tuple = ()
-    parameters: tuple = ()       # of our filter
+    # Of our filter; {directory} is where the images are.
+    parameters: tuple = ()
+    encrypted: bool = False
     contenders: tuple = ("raw", "ours", "qemu-nbd", "qcow2dec")
 
+
+# Who can read images of more than one file, or encrypted ones.
+COMPLETE = ("raw", "ours", "qemu-nbd")
+CHAIN = ("qcow2-backing=dir:{directory}",)
 
 CASES = [
     Case("seq-plain", "sequential copy, plain image", "plain", COPY,
@@ -50,4 +58,18 @@ CASES = [
          "16t-files", MAP, (Target(1.00), Target(1.00, "qemu-nbd"))),
     Case("map-clusters", "map of a 16 TiB disk, its data in single clusters",
          "16t-clusters", MAP, (Target(1.00), Target(1.00, "qemu-nbd"))),
+    Case("seq-chain", "sequential copy, chain of 5 images", "chain", COPY,
+         (Target(0.90, "qemu-nbd"),), CHAIN, contenders=COMPLETE),
+    Case("rand-chain", "random 4 KiB reads, depth 16, chain of 5 images",
+         "chain", RANDOM_4K, (Target(1.20, "qemu-nbd"),), CHAIN,
+         contenders=COMPLETE),
+    Case("seq-luks", "sequential copy, LUKS aes-256-xts", "luks", COPY,
+         (Target(0.90, "qemu-nbd"),), (f"qcow2-passphrase={PASSPHRASE}",),
+         encrypted=True, contenders=COMPLETE),
+    Case("check-1m", "check of 1 TiB with a million clusters of 1 MiB",
+         "1m-clusters", CHECK, (Target(1.00, "qemu-img"),),
+         contenders=("ours", "qemu-img")),
+    Case("check-16m", "check of 1 TiB with 16 million clusters of 64 KiB",
+         "16m-clusters", CHECK, (Target(1.00, "qemu-img"),),
+         contenders=("ours", "qemu-img")),
 ]

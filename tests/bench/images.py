@@ -23,6 +23,7 @@ BLOCK = 4096
 FILE_LIMIT = 16 << 20        # so that no single file dominates the disk
 CLUSTER = 64 << 10           # what qemu-img makes by default
 HUGE = 16 << 40
+PASSPHRASE = "a passphrase that everybody knows"
 
 # Part of every image's name: raise it when what is made here changes, so
 # that a directory of kept images is not taken for something it is not.
@@ -111,6 +112,60 @@ def scattered(name, piece):
         path, library.path("disk"), piece), raw=name, space=1)
 
 
+def write_share(path, source, number, of, piece=256 << 10):
+    """A sparse file with those pieces of SOURCE that are the share of
+    layer NUMBER in a chain of OF layers."""
+    size = os.path.getsize(source)
+    rng = random.Random(size)
+    with open(source, "rb") as data, open(path, "wb") as f:
+        f.truncate(size)
+        for place in range(0, size, piece):
+            if rng.randrange(of) == number:
+                data.seek(place)
+                f.seek(place)
+                f.write(data.read(piece))
+
+
+def make_chain(path, library, layers=5):
+    """An image over LAYERS - 1 others, which lie beside it; each holds
+    an equal share of the disk."""
+    raw = library.path("disk")
+    with tempfile.NamedTemporaryFile(dir=library.directory) as share:
+        for number in range(layers):
+            last = number == layers - 1
+            layer = path if last else f"{path}.{number}"
+            base = ["-b", f"{os.path.basename(path)}.{number - 1}",
+                    "-F", "qcow2"] if number else []
+            tools.run(tools.program("QEMU_IMG")
+                      + ["create", "-f", "qcow2", *base, layer,
+                         str(library.size)])
+            write_share(share.name, raw, number, layers)
+            # Holes stay unallocated, although there is a backing file.
+            tools.run(tools.program("QEMU_IMG")
+                      + ["convert", "-n", "--target-is-zero", "-f", "raw",
+                         "-O", "qcow2", share.name, layer])
+
+
+def make_encrypted(path, library):
+    # It sometimes cannot measure how fast the machine derives keys.
+    for attempt in range(5):
+        try:
+            convert(library.path("disk"), path, "--object",
+                    f"secret,id=s,data={PASSPHRASE}", "-o",
+                    "encrypt.format=luks,encrypt.key-secret=s,"
+                    "encrypt.iter-time=10")
+            return
+        except RuntimeError:
+            if attempt == 4:
+                raise
+
+
+def make_preallocated(path, cluster_size):
+    tools.run(tools.program("QEMU_IMG")
+              + ["create", "-f", "qcow2", "-o", "preallocation=metadata,"
+                 f"cluster_size={cluster_size}", path, str(1 << 40)])
+
+
 COMPRESSED = {
     "deflate": ("-c", "-o", "compression_type=zlib"),
     "zstd": ("-c", "-o", "compression_type=zstd"),
@@ -128,6 +183,14 @@ IMAGES = {
     "16t-files": qcow2_of("disk-16t-files"),
     "disk-16t-clusters": scattered("disk-16t-clusters", CLUSTER),
     "16t-clusters": qcow2_of("disk-16t-clusters", space=2),
+    "chain": Image(make_chain, raw="disk", space=1.1),
+    "luks": Image(make_encrypted, raw="disk", space=1.1),
+    # Only metadata: clusters that were reserved and never written.
+    "1m-clusters": Image(lambda path, library: make_preallocated(path, "1M"),
+                         raw="1m-clusters", space=0.05),
+    "16m-clusters": Image(
+        lambda path, library: make_preallocated(path, "64k"),
+        raw="16m-clusters", space=0.2),
 }
 
 
@@ -148,10 +211,18 @@ class Library:
             if source != name:
                 self.path(source)
             self.say(f"making {path}")
-            part = path + ".part"
-            IMAGES[name].make(part, self)
-            os.rename(part, path)
+            self.make(name, path)
         return path
+
+    def make(self, name, path):
+        """Make it whole or not at all."""
+        with tempfile.TemporaryDirectory(dir=self.directory) as part:
+            made = os.path.join(part, os.path.basename(path))
+            IMAGES[name].make(made, self)
+            # The image itself last, after those that it refers to.
+            for file in sorted(os.listdir(part), key=len, reverse=True):
+                os.rename(os.path.join(part, file),
+                          os.path.join(self.directory, file))
 
     def compression(self, name):
         """How much smaller the image NAME is than its raw disk."""

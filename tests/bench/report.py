@@ -44,7 +44,8 @@ def judge(case, results, target):
         return f"{wanted}: not measured", False
     met = (value <= target.factor if unit.lower_is_better
            else value >= target.factor)
-    return f"{wanted}: {'ok' if met else 'MISSED'}", met
+    shown = f"{value:.2f}" if target.against else unit.show(value)
+    return f"{wanted}: {shown} {'ok' if met else 'MISSED'}", met
 
 
 def row(case, contender, results):

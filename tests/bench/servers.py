@@ -19,7 +19,7 @@ import time
 from typing import Callable
 
 import tools
-from images import IMAGES
+from images import IMAGES, PASSPHRASE
 
 START_SECONDS = 30
 
@@ -56,15 +56,23 @@ def raw_argv(library, case, socket, pidfile):
 def filter_argv(name, library, case, socket, pidfile):
     words = [f"--filter={name}", "file", library.path(case.image)]
     if name == "qcow2":
-        words += case.parameters
+        words += [word.format(directory=library.directory)
+                  for word in case.parameters]
     return nbdkit_argv(words, socket, pidfile)
 
 
 def qemu_argv(aio, library, case, socket, pidfile):
     return (tools.program("QEMU_NBD")
             + ["-r", "-t", "-e", "16", "--cache=writeback", f"--aio={aio}",
-               "-k", socket, "--pid-file", pidfile,
-               "-f", "qcow2", library.path(case.image)])
+               "-k", socket, "--pid-file", pidfile]
+            + qemu_image(library.path(case.image), case.encrypted))
+
+
+def qemu_image(path, encrypted):
+    if not encrypted:
+        return ["-f", "qcow2", path]
+    return ["--object", f"secret,id=s,data={PASSPHRASE}", "--image-opts",
+            f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"]
 
 
 def have_nbdkit_filter(name):
@@ -97,6 +105,8 @@ CONTENDERS = {
     "qcow2dec": Contender(
         {"": functools.partial(filter_argv, "qcow2dec")},
         need=lambda: have_nbdkit_filter("qcow2dec"), extents=False),
+    # Only in the cases where it is a program that is measured.
+    "qemu-img": Contender({}, need=lambda: tools.program("QEMU_IMG")),
 }
 
 

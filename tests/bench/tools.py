@@ -12,6 +12,8 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
+import time
 
 PROGRAMS = {
     "NBDKIT": "nbdkit",
@@ -45,6 +47,21 @@ def run(argv):
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(argv)}\nfailed: {done.stderr}")
     return done.stdout
+
+
+def measure(argv):
+    """Run ARGV: its seconds, CPU seconds, and peak memory in bytes."""
+    with tempfile.TemporaryFile("w+") as said:
+        start = time.perf_counter()
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL,
+                                   stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{shlex.join(argv)}\nfailed: {said.read()}")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
 
 
 def first_line(argv):

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import time
 from typing import Callable
@@ -105,13 +106,31 @@ def check_map(server, raw):
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """RUN (uri, options) returns the figure; CHECK (server, raw) raises
-    if the server does not serve what the raw disk holds."""
+    if the server does not serve what the raw disk holds.
+
+    Or, without clients: PROGRAMS, what each contender runs on an image,
+    and the figure is how long that takes."""
     run: Callable
     unit: Unit
     check: Callable = check_bytes
     needs_extents: bool = False
+    programs: dict = dataclasses.field(default_factory=dict)
 
 
+def check_ours(path):
+    """The server checks the image when the first client comes."""
+    client = shlex.join(tools.program("NBDINFO")) + ' --size "$uri"'
+    return (tools.program("NBDKIT")
+            + ["-r", "-U", "-", "--filter=qcow2", "file", path,
+               "qcow2-check=full", "--run", client])
+
+
+def check_qemu(path):
+    return tools.program("QEMU_IMG") + ["check", "-f", "qcow2", path]
+
+
+CHECK = Workload(None, SECONDS,
+                 programs={"ours": check_ours, "qemu-img": check_qemu})
 COPY = Workload(copy, SECONDS)
 MAP = Workload(map_all, SECONDS, check=check_map, needs_extents=True)
 RANDOM_4K = Workload(functools.partial(fio, "randread", 16), RATE)
