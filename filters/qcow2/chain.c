@@ -109,7 +109,8 @@ open_image (struct node *node, struct source *top, nbdkit_backend *backend,
 }
 
 /* The format of a backing file: never guessed from its contents, as a
- * guest could write a header into a raw one that names any file.
+ * guest could write a header into a raw one that names any file.  If the
+ * header has one and a json: name (own) another, QEMU takes the header's.
  */
 static const char *
 backing_format (const struct qcow2_header *header, const char *own,
@@ -124,9 +125,8 @@ backing_format (const struct qcow2_header *header, const char *own,
   if (replaced && given)
     format = given;
   else
-    format = own ? own :
-      header->backing_format && *header->backing_format ?
-      header->backing_format : given;
+    format = header->backing_format && *header->backing_format ?
+      header->backing_format : own ? own : given;
 
   if (!format) {
     g_autofree char *shown = g_strescape (header->backing_file, NULL);

@@ -105,6 +105,8 @@ make_uri (const char *socket, const char *host, const char *port,
 
   if (socket)
     return g_strdup_printf ("nbd+unix:///%s?socket=%s", export, path);
+  if (strchr (host, ':') && host[0] != '[') /* IPv6 */
+    return g_strdup_printf ("nbd://[%s]:%s/%s", host, port, export);
   return g_strdup_printf ("nbd://%s:%s/%s", host, port, export);
 }
 
@@ -218,6 +220,46 @@ json_protocol (JsonObject *object, const char *prefix, const char *driver,
                      "the drivers file and nbd");
 }
 
+/* Other members could mean other bytes (offset, size, backing), so only
+ * those that are used, or that change nothing, are let through.  Prefix
+ * is the object's own name and a dot, or empty.
+ */
+static int
+json_check_members (JsonObject *object, const char *prefix, GError **error)
+{
+  static const char *const known[] = {
+    "driver", "filename", "export", "path", "host", "port",
+    "server.type", "server.path", "server.host", "server.port",
+    "encrypt.format", "encrypt.key-secret", "read-only", "auto-read-only",
+    "node-name", "cache.direct", "cache.no-flush", "aio", "locking", NULL
+  };
+  JsonObjectIter iter;
+  const char *name;
+  JsonNode *node;
+
+  json_object_iter_init (&iter, object);
+  while (json_object_iter_next (&iter, &name, &node)) {
+    g_autofree char *flat = g_strconcat (prefix, name, NULL);
+    const bool of_file = g_str_has_prefix (flat, "file.");
+
+    if (JSON_NODE_HOLDS_OBJECT (node)) {
+      g_autofree char *deeper = g_strconcat (flat, ".", NULL);
+
+      if (json_check_members (json_node_get_object (node), deeper,
+                              error) == -1)
+        return -1;
+    }
+    else if (!g_strv_contains (known,
+                               flat + (of_file ? strlen ("file.") : 0))) {
+      g_autofree char *shown = g_strescape (flat, NULL);
+
+      return qcow2_fail (error, ENOTSUP, "\"%s\" in a json: name is not "
+                         "supported", shown);
+    }
+  }
+  return 0;
+}
+
 static int
 json_image (JsonObject *object, struct reference *ref, GError **error)
 {
@@ -240,6 +282,9 @@ parse_json (const char *text, struct reference *ref, GError **error)
   g_autoptr (GError) why = NULL;
   JsonNode *root;
 
+  /* JSON-GLib would end the string there. */
+  if (strstr (text, "\\u0000"))
+    return qcow2_fail (error, EINVAL, "a json: name that contains a NUL");
   if (!json_parser_load_from_data (parser, text, -1, &why)) {
     g_autofree char *shown = g_strescape (why->message, NULL);
 
@@ -249,7 +294,9 @@ parse_json (const char *text, struct reference *ref, GError **error)
   root = json_parser_get_root (parser);
   if (!root || !JSON_NODE_HOLDS_OBJECT (root))
     return qcow2_fail (error, EINVAL, "a json: name that is no object");
-  return json_image (json_node_get_object (root), ref, error);
+  if (json_image (json_node_get_object (root), ref, error) == -1)
+    return -1;
+  return json_check_members (json_node_get_object (root), "", error);
 }
 
 int
