@@ -236,7 +236,7 @@ file_open_beneath (const char *dir, const char *path, GError **error)
 
   if (absolute) {
     qcow2_fail (error, EPERM, "\"%s\" is an absolute name, but only names "
-                "beneath the directory %s are allowed", shown, dir);
+                "relative to the directory %s are allowed", shown, dir);
     return NULL;
   }
   dirfd = open (dir, O_PATH | O_DIRECTORY | O_CLOEXEC);
