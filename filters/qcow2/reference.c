@@ -31,10 +31,17 @@ policy_clear (struct policy *policy)
 static int
 take_path (struct policy *policy, enum policy_kind kind, const char *path)
 {
-  const char *format = g_strrstr (path, ",format=");
+  const char *format =
+    policy->is_backing ? g_strrstr (path, ",format=") : NULL;
   g_autofree char *plain =
     format ? g_strndup (path, format - path) : g_strdup (path);
 
+  if (format && strcmp (format, ",format=raw") != 0 &&
+      strcmp (format, ",format=qcow2") != 0) {
+    nbdkit_error ("%s: \"%s\" is not a known format; use ,format=raw or "
+                  ",format=qcow2", policy->key, format + strlen (",format="));
+    return -1;
+  }
   policy->kind = kind;
   policy->value = nbdkit_absolute_path (plain);
   if (format)
