@@ -5,6 +5,10 @@
 # which compiles them once more, instrumented.
 
 common_sources = \
+	dirty/bits.c \
+	dirty/gate.c \
+	dirty/node.c \
+	dirty/transaction.c \
 	qcow2/bitmap.c \
 	qcow2/cache.c \
 	qcow2/check.c \
@@ -26,6 +30,10 @@ common_sources = \
 	$(NULL)
 
 common_headers = \
+	dirty/bits.h \
+	dirty/gate.h \
+	dirty/node.h \
+	dirty/transaction.h \
 	qcow2/bitmap.h \
 	qcow2/cache.h \
 	qcow2/check.h \

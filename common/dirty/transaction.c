@@ -1,0 +1,425 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* Actions change nodes and bitmaps at once, and leave behind steps: how
+ * to undo them, and what is to be freed when that is no longer needed.  A
+ * bitmap whose content changes gets another set, the old one is kept.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+#include "dirty/transaction.h"
+
+struct step {
+  void (*commit) (gpointer opaque);
+  void (*undo) (gpointer opaque);
+  gpointer opaque;
+};
+
+struct dirty_transaction {
+  GPtrArray *nodes;             /* each once */
+  GArray *steps;                /* of struct step */
+};
+
+void
+dirty_gates_close (struct dirty_node **nodes, size_t n)
+{
+  for (unsigned owner = 0; owner < DIRTY_GATES; ++owner)
+    for (size_t i = 0; i < n; ++i)
+      dirty_gate_close (&nodes[i]->gates[owner]);
+}
+
+/* Let writes mark what has become the content of the bitmaps. */
+static void
+update_recording (struct dirty_node *node)
+{
+  g_ptr_array_set_size (node->recording, 0);
+  for (guint i = 0; i < node->bitmaps->len; ++i) {
+    const struct dirty_bitmap *bitmap = g_ptr_array_index (node->bitmaps, i);
+
+    if (bitmap->recording && !bitmap->inconsistent)
+      g_ptr_array_add (node->recording, bitmap->bits);
+  }
+}
+
+void
+dirty_gates_open (struct dirty_node **nodes, size_t n)
+{
+  for (size_t i = 0; i < n; ++i) {
+    update_recording (nodes[i]);
+    for (unsigned owner = DIRTY_GATES; owner-- > 0; )
+      dirty_gate_open (&nodes[i]->gates[owner]);
+  }
+}
+
+struct dirty_transaction *
+dirty_transaction_begin (const GPtrArray *nodes)
+{
+  struct dirty_transaction *t = g_new0 (struct dirty_transaction, 1);
+
+  t->nodes = g_ptr_array_new ();
+  t->steps = g_array_new (FALSE, FALSE, sizeof (struct step));
+  for (guint i = 0; i < nodes->len; ++i) {
+    gpointer node = g_ptr_array_index (nodes, i);
+
+    if (!g_ptr_array_find (t->nodes, node, NULL))
+      g_ptr_array_add (t->nodes, node);
+  }
+  dirty_gates_close ((struct dirty_node **) t->nodes->pdata, t->nodes->len);
+  return t;
+}
+
+static void
+end (struct dirty_transaction *t)
+{
+  dirty_gates_open ((struct dirty_node **) t->nodes->pdata, t->nodes->len);
+  g_ptr_array_unref (t->nodes);
+  g_array_unref (t->steps);
+  g_free (t);
+}
+
+void
+dirty_transaction_commit (struct dirty_transaction *t)
+{
+  for (guint i = 0; i < t->steps->len; ++i) {
+    const struct step *step = &g_array_index (t->steps, struct step, i);
+
+    if (step->commit)
+      step->commit (step->opaque);
+  }
+  end (t);
+}
+
+void
+dirty_transaction_abort (struct dirty_transaction *t)
+{
+  for (guint i = t->steps->len; i-- > 0; ) {
+    const struct step *step = &g_array_index (t->steps, struct step, i);
+
+    if (step->undo)
+      step->undo (step->opaque);
+  }
+  end (t);
+}
+
+void
+dirty_transaction_push (struct dirty_transaction *t,
+                        void (*commit) (gpointer opaque),
+                        void (*undo) (gpointer opaque), gpointer opaque)
+{
+  const struct step step = { commit, undo, opaque };
+
+  g_array_append_val (t->steps, step);
+}
+
+/* What is remembered of a bitmap. */
+struct before {
+  struct dirty_bitmap *bitmap;
+  struct dirty_bitmap state;
+  guint index;                  /* in its node's list */
+};
+
+static struct before *
+remember (struct dirty_bitmap *bitmap)
+{
+  struct before *before = g_new0 (struct before, 1);
+
+  before->bitmap = bitmap;
+  before->state = *bitmap;
+  g_ptr_array_find (bitmap->node->bitmaps, bitmap, &before->index);
+  return before;
+}
+
+/* Take a bitmap off its node's list without freeing it. */
+static void
+unlist (struct dirty_bitmap *bitmap)
+{
+  guint index;
+
+  if (g_ptr_array_find (bitmap->node->bitmaps, bitmap, &index))
+    g_ptr_array_steal_index (bitmap->node->bitmaps, index);
+}
+
+/* Checks. */
+
+enum { ALLOW_BUSY = 1, ALLOW_READ_ONLY = 2, ALLOW_INCONSISTENT = 4 };
+
+static struct dirty_bitmap *
+find_usable (struct dirty_node *node, const char *name, unsigned allow,
+             GError **error)
+{
+  struct dirty_bitmap *bitmap = dirty_bitmap_find (node, name, error);
+
+  if (!bitmap)
+    return NULL;
+  if (bitmap->users && !(allow & ALLOW_BUSY))
+    dirty_fail (error, EBUSY, "Bitmap '%s' of node '%s' is busy: a client "
+                "or another operation is using it", name, node->name);
+  else if (node->read_only && !(allow & ALLOW_READ_ONLY))
+    dirty_fail (error, EROFS, "Bitmap '%s' of node '%s' is read-only, as is "
+                "its disk, and cannot be modified", name, node->name);
+  else if (bitmap->inconsistent && !(allow & ALLOW_INCONSISTENT))
+    dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
+                "cannot be used; it can only be removed", name, node->name);
+  else
+    return bitmap;
+  return NULL;
+}
+
+static int
+check_new_name (const struct dirty_node *node, const char *name,
+                GError **error)
+{
+  if (!*name)
+    return dirty_fail (error, EINVAL, "The name of a bitmap cannot be empty");
+  if (strlen (name) > DIRTY_MAX_NAME)
+    return dirty_fail (error, EINVAL, "The name of the bitmap is too long: "
+                       "%zu bytes, of at most %d", strlen (name),
+                       DIRTY_MAX_NAME);
+  if (dirty_bitmap_find (node, name, NULL))
+    return dirty_fail (error, EEXIST, "Bitmap already exists: '%s' of node "
+                       "'%s'", name, node->name);
+  return 0;
+}
+
+/* Can bitmaps of this node be made? */
+static int
+check_node (const struct dirty_node *node, GError **error)
+{
+  if (!node->sized)
+    return dirty_fail (error, EINVAL, "Node '%s' has not been opened yet, so "
+                       "the size of its disk is not known", node->name);
+  if (node->read_only)
+    return dirty_fail (error, EROFS, "Node '%s' is read-only", node->name);
+  return 0;
+}
+
+static int
+check_granularity (uint64_t granularity, GError **error)
+{
+  const uint64_t least = UINT64_C (1) << DIRTY_MIN_GRANULARITY_BITS;
+  const uint64_t most = UINT64_C (1) << DIRTY_MAX_GRANULARITY_BITS;
+
+  if (granularity < least || granularity > most ||
+      (granularity & (granularity - 1)) != 0)
+    return dirty_fail (error, EINVAL, "Granularity must be a power of 2, at "
+                       "least %" PRIu64 " and at most %" PRIu64 ", not %"
+                       PRIu64, least, most, granularity);
+  return 0;
+}
+
+/* Actions. */
+
+static void
+undo_add (gpointer opaque)
+{
+  unlist (opaque);
+  dirty_bitmap_free (opaque);
+}
+
+int
+dirty_bitmap_add (struct dirty_transaction *t, struct dirty_node *node,
+                  const char *name, uint64_t granularity, bool persistent,
+                  bool recording, GError **error)
+{
+  struct dirty_bitmap *bitmap;
+  unsigned bits;
+
+  if (check_node (node, error) == -1 ||
+      check_new_name (node, name, error) == -1)
+    return -1;
+  if (granularity && check_granularity (granularity, error) == -1)
+    return -1;
+  if (persistent)
+    return dirty_fail (error, ENOTSUP, "Bitmap '%s' cannot be persistent: "
+                       "node '%s' has no place to store it", name,
+                       node->name);
+  bits = granularity ? (unsigned) __builtin_ctzll (granularity) :
+    dirty_node_granularity_bits (node);
+  bitmap = g_new0 (struct dirty_bitmap, 1);
+  bitmap->node = node;
+  bitmap->name = g_strdup (name);
+  bitmap->bits = dirty_bits_new (node->size, bits);
+  bitmap->recording = recording;
+  g_ptr_array_add (node->bitmaps, bitmap);
+  dirty_transaction_push (t, NULL, undo_add, bitmap);
+  return 0;
+}
+
+static void
+commit_remove (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  dirty_bitmap_free (before->bitmap);
+  g_free (before);
+}
+
+static void
+undo_remove (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  g_ptr_array_insert (before->bitmap->node->bitmaps, before->index,
+                      before->bitmap);
+  g_free (before);
+}
+
+int
+dirty_bitmap_remove (struct dirty_transaction *t, struct dirty_node *node,
+                     const char *name, GError **error)
+{
+  struct dirty_bitmap *bitmap = find_usable (node, name, ALLOW_INCONSISTENT,
+                                             error);
+
+  if (!bitmap)
+    return -1;
+  dirty_transaction_push (t, commit_remove, undo_remove, remember (bitmap));
+  unlist (bitmap);
+  return 0;
+}
+
+static void
+commit_content (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  dirty_bits_free (before->state.bits);
+  g_free (before);
+}
+
+static void
+undo_content (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  dirty_bits_free (before->bitmap->bits);
+  before->bitmap->bits = before->state.bits;
+  g_free (before);
+}
+
+/* Let a bitmap have another content, until the transaction is aborted. */
+static void
+set_content (struct dirty_transaction *t, struct dirty_bitmap *bitmap,
+             struct dirty_bits *bits)
+{
+  dirty_transaction_push (t, commit_content, undo_content,
+                          remember (bitmap));
+  bitmap->bits = bits;
+}
+
+int
+dirty_bitmap_clear (struct dirty_transaction *t, struct dirty_node *node,
+                    const char *name, GError **error)
+{
+  struct dirty_bitmap *bitmap = find_usable (node, name, 0, error);
+
+  if (!bitmap)
+    return -1;
+  set_content (t, bitmap,
+               dirty_bits_new (node->size,
+                               dirty_bits_granularity_bits (bitmap->bits)));
+  return 0;
+}
+
+static void
+undo_record (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  before->bitmap->recording = before->state.recording;
+  g_free (before);
+}
+
+int
+dirty_bitmap_record (struct dirty_transaction *t, struct dirty_node *node,
+                     const char *name, bool recording, GError **error)
+{
+  struct dirty_bitmap *bitmap = find_usable (node, name, ALLOW_READ_ONLY,
+                                             error);
+
+  if (!bitmap)
+    return -1;
+  dirty_transaction_push (t, g_free, undo_record, remember (bitmap));
+  bitmap->recording = recording;
+  return 0;
+}
+
+int
+dirty_bitmap_merge (struct dirty_transaction *t, struct dirty_node *node,
+                    const char *target, struct dirty_node *source_node,
+                    const char *source, GError **error)
+{
+  struct dirty_bitmap *to = find_usable (node, target, 0, error), *from;
+  struct dirty_bits *bits;
+
+  if (!to)
+    return -1;
+  from = find_usable (source_node, source, ALLOW_BUSY | ALLOW_READ_ONLY,
+                      error);
+  if (!from)
+    return -1;
+  if (node->size != source_node->size)
+    return dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' cannot be "
+                       "merged into '%s' of node '%s': their disks have "
+                       "different sizes", source, source_node->name, target,
+                       node->name);
+  bits = dirty_bits_copy (to->bits);
+  dirty_bits_merge (bits, from->bits);
+  dirty_bits_compact (bits);
+  set_content (t, to, bits);
+  return 0;
+}
+
+static void
+commit_move (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  g_free (before->state.name);
+  g_free (before);
+}
+
+static void
+undo_move (gpointer opaque)
+{
+  struct before *before = opaque;
+
+  unlist (before->bitmap);
+  g_free (before->bitmap->name);
+  before->bitmap->node = before->state.node;
+  before->bitmap->name = before->state.name;
+  g_ptr_array_insert (before->bitmap->node->bitmaps, before->index,
+                      before->bitmap);
+  g_free (before);
+}
+
+int
+dirty_bitmap_move (struct dirty_transaction *t, struct dirty_node *node,
+                   const char *name, struct dirty_node *target_node,
+                   const char *target_name, GError **error)
+{
+  struct dirty_bitmap *bitmap = find_usable (node, name, 0, error);
+
+  if (!bitmap || check_node (target_node, error) == -1 ||
+      check_new_name (target_node, target_name, error) == -1)
+    return -1;
+  if (node->size != target_node->size)
+    return dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' cannot be "
+                       "moved to node '%s': their disks have different "
+                       "sizes", name, node->name, target_node->name);
+  dirty_transaction_push (t, commit_move, undo_move, remember (bitmap));
+  unlist (bitmap);
+  bitmap->node = target_node;
+  bitmap->name = g_strdup (target_name);
+  g_ptr_array_add (target_node->bitmaps, bitmap);
+  return 0;
+}
