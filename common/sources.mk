@@ -5,6 +5,12 @@
 # which compiles them once more, instrumented.
 
 common_sources = \
+	control/args.c \
+	control/bitmap-commands.c \
+	control/control.c \
+	control/node-commands.c \
+	control/qmp.c \
+	control/server.c \
 	dirty/bits.c \
 	dirty/gate.c \
 	dirty/node.c \
@@ -27,9 +33,16 @@ common_sources = \
 	qcow2/snapshot.c \
 	qcow2/tally.c \
 	qcow2/twofish.c \
+	utils/export-name.c \
+	utils/suite.c \
 	$(NULL)
 
 common_headers = \
+	control/args.h \
+	control/commands.h \
+	control/control.h \
+	control/qmp.h \
+	control/server.h \
 	dirty/bits.h \
 	dirty/gate.h \
 	dirty/node.h \
@@ -52,4 +65,6 @@ common_headers = \
 	qcow2/snapshot.h \
 	qcow2/tally.h \
 	qcow2/twofish.h \
+	utils/export-name.h \
+	utils/suite.h \
 	$(NULL)

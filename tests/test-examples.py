@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-qcow2-filters authors
-"""The examples of the manual page and of README do what they say.
+"""The examples of the manual pages and of README do what they say.
 
 Each block of commands is run as it stands there, by a shell, in a
 directory with the files that the examples name.  What they write under
@@ -16,14 +16,16 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 
 import images
 import qf
 from qf import MiB
 
-PAGE = os.path.join(qf.SRCDIR, "..", "filters", "qcow2",
-                    "nbdkit-qcow2-filter.pod")
+PAGES = [os.path.join(qf.SRCDIR, "..", "filters", name,
+                      f"nbdkit-{name}-filter.pod")
+         for name in ("qcow2", "dirty-tracking")]
 README = os.path.join(qf.SRCDIR, "..", "README")
 
 DISK_SIZE = 32 * MiB
@@ -48,18 +50,18 @@ def verbatim_blocks(lines):
         elif block and "".join(block).count("'") % 2 and not line.strip():
             block.append(line)
         elif block:
-            blocks.append("\n".join(block))
+            blocks.append(textwrap.dedent("\n".join(block)))
             block = []
     return blocks
 
 
-def page_examples():
+def page_examples(path):
     """The verbatim paragraphs of the page's section EXAMPLES."""
-    with open(PAGE, encoding="utf-8") as page:
+    with open(path, encoding="utf-8") as page:
         text = page.read()
     section = re.search(r"^=head1 EXAMPLES\n(.*?)^=head1 ", text,
                         re.MULTILINE | re.DOTALL)
-    qf.check(section, f"{PAGE} has no section EXAMPLES")
+    qf.check(section, f"{path} has no section EXAMPLES")
     return verbatim_blocks(section.group(1).splitlines())
 
 
@@ -125,6 +127,7 @@ class Fixtures:
         self.dir = os.path.join(tmp, "fixtures")
         os.makedirs(os.path.join(self.dir, "images"))
         raw, self.has_ext4 = make_raw(tmp)
+        shutil.copy(raw, self.path("guest.img"))
         image = self.path("disk.qcow2")
         qf.qemu_img("convert", "-f", "raw", "-O", "qcow2", "-c", raw, image)
         qf.qemu_img("snapshot", "-c", "before-upgrade", image)
@@ -303,7 +306,7 @@ def test(tmp):
         "http_proxy": start_proxy(fixtures.dir),
         "no_proxy": "",
     }
-    examples = page_examples() + readme_examples()
+    examples = sum(map(page_examples, PAGES), []) + readme_examples()
     qf.check(len(examples) >= 15, f"only {len(examples)} examples found")
     ran = 0
     for number, example in enumerate(examples):

@@ -12,6 +12,12 @@ for word in "filter: qcow2" qcow2-snapshot= qcow2-cache-size= \
   grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
 done
 
+help=$("$NBDKIT" --filter=dirty-tracking null --help)
+for word in "filter: dirty-tracking" dirty-bitmap= dirty-granularity= \
+            dirty-clean= dirty-node= exports= qmp=; do
+  grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
+done
+
 # The plugin's answer goes through all filters.
 dump=$("$NBDKIT" --filter=qcow2 null --dump-plugin)
 grep -qx 'name=null' <<<"$dump" || fail "--dump-plugin: no name=null in: $dump"

@@ -137,19 +137,29 @@ compare_names (gconstpointer a, gconstpointer b, gpointer data)
   return strcmp (a, b);
 }
 
+static const char *
+name_of_export (const char *base)
+{
+  return each_export ? base : only_name ? only_name : DIRTY_DEFAULT_NODE;
+}
+
+struct dirty_node *
+dirty_node_of_known_export (const char *base)
+{
+  return nodes ? g_tree_lookup (nodes, name_of_export (base)) : NULL;
+}
+
 struct dirty_node *
 dirty_node_of_export (const char *base)
 {
-  const char *name;
   struct dirty_node *node;
 
   dirty_lock ();
-  name = each_export ? base : only_name ? only_name : DIRTY_DEFAULT_NODE;
   if (!nodes)
     nodes = g_tree_new_full (compare_names, NULL, NULL, node_free);
-  node = g_tree_lookup (nodes, name);
+  node = dirty_node_of_known_export (base);
   if (!node) {
-    node = node_new (name);
+    node = node_new (name_of_export (base));
     g_tree_insert (nodes, node->name, node);
   }
   dirty_unlock ();
@@ -240,6 +250,15 @@ dirty_node_set_image (struct dirty_node *node, struct dirty_image *image)
   dirty_lock ();
   image_free (node->image);
   node->image = image;
+  node->read_only |= image->read_only;
+  dirty_unlock ();
+}
+
+void
+dirty_node_set_granularity (struct dirty_node *node, unsigned bits)
+{
+  dirty_lock ();
+  node->granularity_bits = bits;
   dirty_unlock ();
 }
 

@@ -47,13 +47,15 @@ enum dirty_gate_owner {
 /* What the qcow2 filter knows of the image of a node, for those who ask. */
 struct dirty_image {
   char *filename;
-  uint64_t actual_size;         /* of the container, in bytes */
+  uint64_t virtual_size;        /* of the disk in it, in bytes */
+  uint64_t actual_size;         /* of the container */
   uint32_t cluster_size;
   unsigned version;
   const char *compression;
   bool encrypted, dirty, corrupt;
   bool lazy_refcounts, extended_l2;
   unsigned refcount_bits;
+  bool read_only;               /* nobody can write to the disk */
 };
 
 struct dirty_node {
@@ -63,7 +65,7 @@ struct dirty_node {
   uint64_t size;                /* in bytes */
   unsigned connections;         /* that have it open */
   bool read_only;               /* as far as connections have shown */
-  unsigned granularity_bits;    /* of new bitmaps; 0: see below */
+  unsigned granularity_bits;    /* of new bitmaps; 0: as QEMU has it */
   struct dirty_image *image;    /* or NULL */
   GPtrArray *bitmaps;           /* of struct dirty_bitmap, oldest first */
   GPtrArray *recording;         /* their sets; for writes */
@@ -107,6 +109,9 @@ extern void dirty_nodes_rename (const char *name);
 /* Takes the lock.  The node to which an export belongs; made if need be. */
 extern struct dirty_node *dirty_node_of_export (const char *base);
 
+/* The same if it is there already, else NULL. */
+extern struct dirty_node *dirty_node_of_known_export (const char *base);
+
 /* By name; NULL with error set. */
 extern struct dirty_node *dirty_node_find (const char *name, GError **error);
 
@@ -130,6 +135,10 @@ extern void dirty_node_close (struct dirty_node *node);
 /* Takes the lock, and the ownership of image. */
 extern void dirty_node_set_image (struct dirty_node *node,
                                   struct dirty_image *image);
+
+/* Takes the lock. */
+extern void dirty_node_set_granularity (struct dirty_node *node,
+                                        unsigned bits);
 
 /* Of new bitmaps if nobody says otherwise, as a power of two. */
 extern unsigned dirty_node_granularity_bits (const struct dirty_node *node);

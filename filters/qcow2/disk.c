@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "dirty/node.h"
 #include "qcow2/error.h"
 
 #include "qcow2-filter.h"
@@ -58,7 +59,7 @@ disk_free (gpointer p)
 static const char *
 disk_key (const char *base)
 {
-  return config.each_export ? base : "";
+  return dirty_nodes_each () ? base : "";
 }
 
 static struct disk *
@@ -124,8 +125,8 @@ check_once (struct disk *disk, struct layer *layer, GError **error)
 
 /* The first user opens the chain. */
 static int
-open_chain (struct disk *disk, struct layer *layer, nbdkit_backend *backend,
-            GError **error)
+open_chain (struct disk *disk, const char *base, struct layer *layer,
+            nbdkit_backend *backend, GError **error)
 {
   if (read_head (layer, disk->head, error) == -1)
     return -1;
@@ -140,6 +141,7 @@ open_chain (struct disk *disk, struct layer *layer, nbdkit_backend *backend,
   if (disk->snapshots)
     g_ptr_array_unref (disk->snapshots);
   disk->snapshots = g_ptr_array_ref (disk->top->image->snapshots);
+  announce_image (base, disk->top->image->header, &layer->source);
   return 0;
 }
 
@@ -169,7 +171,7 @@ disk_open (const char *base, struct layer *layer, nbdkit_backend *backend,
   int r;
 
   g_mutex_lock (&disk->lock);
-  r = disk->users == 0 ? open_chain (disk, layer, backend, error) :
+  r = disk->users == 0 ? open_chain (disk, base, layer, backend, error) :
     check_same (disk, layer, error);
   if (r == 0)
     disk->users++;

@@ -24,6 +24,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "dirty/node.h"
 #include "qcow2/error.h"
 
 #include "qcow2-filter.h"
@@ -203,7 +204,7 @@ layer_init (struct layer *layer, nbdkit_next *next, const char *base)
     return -1;
 
   layer->source.name = (char *)
-    (config.each_export ? base : config.file ? config.file : "the image");
+    (dirty_nodes_each () ? base : config.file ? config.file : "the image");
   layer->source.io.pread = layer_pread;
   layer->source.io.get_size = layer_get_size;
   layer->source.extents = can_extents ? layer_extents : NULL;

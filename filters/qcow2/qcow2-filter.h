@@ -12,6 +12,7 @@
  *    disk.c       the images that are open, one chain for each disk below
  *    chain.c      an image and its backing files
  *    check.c      qcow2-check=full
+ *    announce.c   what others can learn about an image
  *    keys.c       the keys of encrypted images
  *    reference.c  names of other files in an image, and who permits them
  *    names.c      export names
@@ -42,7 +43,6 @@ struct config {
   char *backing_format;         /* if neither the image nor backing tells */
   GPtrArray *passphrases;       /* wiped when freed */
   bool check;                   /* before a disk is first served */
-  bool each_export;             /* each export below is a disk of its own */
   char *file;                   /* a local file which may be the container */
   unsigned files;               /* how often file= was given */
   bool other_keys;              /* the layers below have other parameters */
@@ -76,6 +76,11 @@ extern GPtrArray *disk_last_snapshots (const char *base);
 
 /* Forget all disks. */
 extern void disk_forget_all (void);
+
+/* announce.c.  base is an export below. */
+extern void announce_image (const char *base,
+                            const struct qcow2_header *header,
+                            const struct source *container);
 
 /* check.c: check all images of the chain; those that are damaged are
  * refused.  source is what top is read from.

@@ -19,7 +19,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "control/control.h"
+#include "dirty/node.h"
 #include "qcow2/error.h"
+#include "utils/suite.h"
 
 #include "qcow2-filter.h"
 
@@ -35,6 +38,13 @@ NBDKIT_DLL_PUBLIC int qcow2_debug_verbose;
 
 /* Times that the filter stands in the chain. */
 static unsigned loaded;
+
+static int
+report (const GError *error)
+{
+  nbdkit_error ("%s", error->message);
+  return -1;
+}
 
 static void
 wipe_free (gpointer p)
@@ -62,6 +72,7 @@ qcow2_unload (void)
   policy_clear (&config.backing);
   policy_clear (&config.data_file);
   keys_forget_all ();
+  dirty_nodes_forget_all ();
 }
 
 /* Parameters. */
@@ -121,21 +132,6 @@ parse_check (const char *value)
 }
 
 static int
-parse_exports (const char *value)
-{
-  if (strcmp (value, "each") == 0)
-    config.each_export = true;
-  else if (strcmp (value, "one") == 0)
-    config.each_export = false;
-  else {
-    nbdkit_error ("exports: \"%s\" is not a known value; "
-                  "use exports=one or exports=each", value);
-    return -1;
-  }
-  return 0;
-}
-
-static int
 parse_snapshot (const char *value)
 {
   if (!*value) {
@@ -154,7 +150,6 @@ note_other_key (const char *key, const char *value)
   static const char *const moving[] = {
     "offset", "range", "partition", "tar-entry", "ext2file", NULL
   };
-  static const char *const several[] = { "dir", "directory", "dirfd", NULL };
 
   if (strcmp (key, "file") == 0) {
     free (config.file);
@@ -164,7 +159,6 @@ note_other_key (const char *key, const char *value)
   }
   config.other_keys = true;
   config.moved |= g_strv_contains (moving, key);
-  config.each_export |= g_strv_contains (several, key);
   return 0;
 }
 
@@ -172,6 +166,9 @@ static int
 qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
               const char *key, const char *value)
 {
+  g_autoptr (GError) error = NULL;
+  int r;
+
   if (strcmp (key, "qcow2-snapshot") == 0)
     return parse_snapshot (value);
   if (strcmp (key, "qcow2-cache-size") == 0)
@@ -186,8 +183,13 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
     return parse_passphrase (value);
   if (strcmp (key, "qcow2-check") == 0)
     return parse_check (value);
-  if (strcmp (key, "exports") == 0)
-    return parse_exports (value);
+  r = control_config (key, value, &error);
+  if (r == 0)
+    r = dirty_nodes_config (key, value, &error);
+  if (r == -1)
+    return report (error);
+  if (r == 1)
+    return 0;
 
   if (note_other_key (key, value) == -1)
     return -1;
@@ -211,7 +213,8 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   "qcow2-check=off|full        Check the image before it is served.\n"  \
   "exports=one|each            Whether each export below is an image\n" \
   "                            of its own (default: as the plugin's\n"  \
-  "                            dir parameter says)."
+  "                            dir parameter says).\n"                  \
+  CONTROL_CONFIG_HELP
 
 static int
 qcow2_config_complete (nbdkit_next_config_complete *next,
@@ -234,7 +237,12 @@ qcow2_config_complete (nbdkit_next_config_complete *next,
 static int
 qcow2_get_ready (int thread_model)
 {
+  g_autoptr (GError) error = NULL;
+
   config.thread_model = thread_model;
+  if (qf_suite_add (QF_QCOW2, &error) == -1 ||
+      control_get_ready (&error) == -1)
+    return report (error);
   return start_check ();
 }
 
@@ -269,15 +277,19 @@ qcow2_after_fork (nbdkit_backend *backend)
   /* With several disks there is none to be opened without a name, and
    * some versions of nbdkit do not allow to open one with a name here.
    */
-  if (!config.each_export && read_snapshots (backend, "", &error) == -1 &&
+  if (!dirty_nodes_each () && read_snapshots (backend, "", &error) == -1 &&
       error)
-    nbdkit_error ("%s", error->message);
+    report (error);
+  g_clear_error (&error);
+  if (control_after_fork (&error) == -1)
+    report (error);
   return 0;
 }
 
 static void
 qcow2_cleanup (nbdkit_backend *backend)
 {
+  control_cleanup ();
   disk_forget_all ();
 }
 
@@ -289,7 +301,7 @@ read_all_snapshots (nbdkit_backend *backend,
                     const struct nbdkit_exports *below)
 {
 #ifdef HAVE_NAMED_CONTEXTS
-  for (size_t i = 0; config.each_export && i < nbdkit_exports_count (below);
+  for (size_t i = 0; dirty_nodes_each () && i < nbdkit_exports_count (below);
        ++i) {
     const char *name = nbdkit_get_export (below, i).name;
     g_autoptr (GPtrArray) known = disk_last_snapshots (name);

@@ -1,0 +1,166 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* What QMP clients are told about nodes.
+ *
+ * QEMU's schema has members which mean nothing here; as strict clients
+ * want them they are there, with the values of a plain node.
+ */
+
+#include <config.h>
+
+#include <json-glib/json-glib.h>
+
+#include "control/args.h"
+#include "control/commands.h"
+#include "control/qmp.h"
+#include "dirty/node.h"
+
+static JsonObject *
+describe_bitmap (const struct dirty_bitmap *bitmap)
+{
+  const unsigned bits = dirty_bits_granularity_bits (bitmap->bits);
+  JsonObject *object = json_object_new ();
+
+  json_object_set_string_member (object, "name", bitmap->name);
+  json_object_set_int_member (object, "count",
+                              dirty_bits_count (bitmap->bits) << bits);
+  json_object_set_int_member (object, "granularity", INT64_C (1) << bits);
+  json_object_set_boolean_member (object, "recording",
+                                  bitmap->recording && !bitmap->inconsistent);
+  json_object_set_boolean_member (object, "busy", bitmap->users > 0);
+  json_object_set_boolean_member (object, "persistent", bitmap->persistent);
+  if (bitmap->inconsistent)
+    json_object_set_boolean_member (object, "inconsistent", TRUE);
+  return object;
+}
+
+/* The newest comes first. */
+static JsonArray *
+describe_bitmaps (const struct dirty_node *node)
+{
+  JsonArray *array = json_array_new ();
+
+  for (guint i = node->bitmaps->len; i-- > 0; )
+    json_array_add_object_element (
+      array, describe_bitmap (g_ptr_array_index (node->bitmaps, i)));
+  return array;
+}
+
+static JsonObject *
+describe_qcow2 (const struct dirty_image *image)
+{
+  JsonObject *specific = json_object_new (), *data = json_object_new ();
+
+  json_object_set_string_member (data, "compat",
+                                 image->version < 3 ? "0.10" : "1.1");
+  json_object_set_string_member (data, "compression-type",
+                                 image->compression);
+  json_object_set_int_member (data, "refcount-bits", image->refcount_bits);
+  if (image->version >= 3) {
+    json_object_set_boolean_member (data, "lazy-refcounts",
+                                    image->lazy_refcounts);
+    json_object_set_boolean_member (data, "corrupt", image->corrupt);
+    json_object_set_boolean_member (data, "extended-l2", image->extended_l2);
+  }
+  json_object_set_string_member (specific, "type", "qcow2");
+  json_object_set_object_member (specific, "data", data);
+  return specific;
+}
+
+static JsonObject *
+describe_image (const struct dirty_node *node)
+{
+  const struct dirty_image *image = node->image;
+  JsonObject *object = json_object_new ();
+
+  json_object_set_string_member (object, "filename",
+                                 image ? image->filename : "");
+  json_object_set_string_member (object, "format", image ? "qcow2" : "raw");
+  json_object_set_int_member (object, "virtual-size",
+                              image ? image->virtual_size : node->size);
+  if (image) {
+    json_object_set_int_member (object, "actual-size", image->actual_size);
+    json_object_set_int_member (object, "cluster-size", image->cluster_size);
+    json_object_set_boolean_member (object, "dirty-flag", image->dirty);
+    json_object_set_boolean_member (object, "encrypted", image->encrypted);
+    json_object_set_object_member (object, "format-specific",
+                                   describe_qcow2 (image));
+  }
+  return object;
+}
+
+static JsonObject *
+describe_cache (void)
+{
+  JsonObject *object = json_object_new ();
+
+  json_object_set_boolean_member (object, "writeback", TRUE);
+  json_object_set_boolean_member (object, "direct", FALSE);
+  json_object_set_boolean_member (object, "no-flush", FALSE);
+  return object;
+}
+
+static JsonObject *
+describe_node (const struct dirty_node *node)
+{
+  static const char *const zeroes[] = {
+    "backing_file_depth", "bps", "bps_rd", "bps_wr", "iops", "iops_rd",
+    "iops_wr", "write_threshold",
+  };
+  const struct dirty_image *image = node->image;
+  JsonObject *object = json_object_new ();
+
+  json_object_set_string_member (object, "node-name", node->name);
+  json_object_set_string_member (object, "file",
+                                 image ? image->filename : "");
+  json_object_set_string_member (object, "drv", image ? "qcow2" : "raw");
+  json_object_set_boolean_member (object, "ro", node->read_only);
+  json_object_set_boolean_member (object, "encrypted",
+                                  image && image->encrypted);
+  json_object_set_string_member (object, "detect_zeroes", "off");
+  for (size_t i = 0; i < G_N_ELEMENTS (zeroes); ++i)
+    json_object_set_int_member (object, zeroes[i], 0);
+  json_object_set_object_member (object, "cache", describe_cache ());
+  json_object_set_object_member (object, "image", describe_image (node));
+  if (node->bitmaps->len > 0)
+    json_object_set_array_member (object, "dirty-bitmaps",
+                                  describe_bitmaps (node));
+  return object;
+}
+
+static JsonNode *
+query_named_block_nodes (JsonObject *args, gpointer opaque, GError **error)
+{
+  JsonNode *result;
+  JsonArray *array;
+  gboolean flat;
+
+  if (control_args_only (args, error, "flat", NULL) == -1 ||
+      control_args_boolean (args, "flat", FALSE, &flat, error) == -1)
+    return NULL;
+  array = json_array_new ();
+  dirty_lock ();
+  {
+    g_autoptr (GPtrArray) nodes = dirty_nodes_list ();
+
+    for (guint i = 0; i < nodes->len; ++i)
+      json_array_add_object_element (
+        array, describe_node (g_ptr_array_index (nodes, i)));
+  }
+  dirty_unlock ();
+  result = json_node_new (JSON_NODE_ARRAY);
+  json_node_take_array (result, array);
+  return result;
+}
+
+void
+control_register_node_commands (void)
+{
+  control_register_command ("query-named-block-nodes",
+                            query_named_block_nodes, NULL);
+}
