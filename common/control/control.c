@@ -28,7 +28,8 @@ control_config (const char *key, const char *value, GError **error)
   if (!*value)
     return dirty_fail (error, EINVAL, "qmp: the name of the socket is "
                        "missing");
-  g_free (path);
+  if (path)
+    return dirty_fail (error, EINVAL, "qmp: the parameter was given twice");
   /* nbdkit changes to another directory later. */
   path = g_canonicalize_filename (value, NULL);
   return 1;

@@ -105,6 +105,15 @@ describe_cache (void)
   return object;
 }
 
+/* The qcow2 filter does not write; other filters may, to what lies above
+ * it, and then the node has a size.
+ */
+static gboolean
+is_read_only (const struct dirty_node *node)
+{
+  return node->read_only || !node->sized;
+}
+
 static JsonObject *
 describe_node (const struct dirty_node *node)
 {
@@ -119,7 +128,7 @@ describe_node (const struct dirty_node *node)
   json_object_set_string_member (object, "file",
                                  image ? image->filename : "");
   json_object_set_string_member (object, "drv", image ? "qcow2" : "raw");
-  json_object_set_boolean_member (object, "ro", node->read_only);
+  json_object_set_boolean_member (object, "ro", is_read_only (node));
   json_object_set_boolean_member (object, "encrypted",
                                   image && image->encrypted);
   json_object_set_string_member (object, "detect_zeroes", "off");

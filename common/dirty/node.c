@@ -250,7 +250,6 @@ dirty_node_set_image (struct dirty_node *node, struct dirty_image *image)
   dirty_lock ();
   image_free (node->image);
   node->image = image;
-  node->read_only |= image->read_only;
   dirty_unlock ();
 }
 

@@ -55,7 +55,6 @@ struct dirty_image {
   bool encrypted, dirty, corrupt;
   bool lazy_refcounts, extended_l2;
   unsigned refcount_bits;
-  bool read_only;               /* nobody can write to the disk */
 };
 
 struct dirty_node {

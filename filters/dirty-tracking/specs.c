@@ -184,11 +184,6 @@ specs_check (void)
 static int
 apply (struct dirty_transaction *t, struct dirty_node *node, GError **error)
 {
-  if (node->read_only) {
-    nbdkit_error ("warning: dirty-bitmap: node '%s' is read-only, so there "
-                  "is nothing to record", node->name);
-    return 0;
-  }
   for (guint i = 0; i < specs->len; ++i) {
     const struct spec *spec = g_ptr_array_index (specs, i);
 
@@ -215,7 +210,10 @@ specs_apply (struct dirty_node *node)
   dirty_lock ();
   if (!applied)
     applied = g_hash_table_new (NULL, NULL);
-  if (g_hash_table_add (applied, node)) {
+  if (node->read_only)
+    nbdkit_debug ("dirty-bitmap: node '%s' is read-only: there is nothing to "
+                  "record", node->name);
+  else if (g_hash_table_add (applied, node)) {
     t = dirty_transaction_begin (nodes);
     r = apply (t, node, &error);
     if (r == 0)

@@ -34,6 +34,5 @@ announce_image (const char *base, const struct qcow2_header *header,
   image->corrupt = header->incompatible & QCOW2_INCOMPAT_CORRUPT;
   image->extended_l2 = header->incompatible & QCOW2_INCOMPAT_EXTENDED_L2;
   image->lazy_refcounts = header->compatible & QCOW2_COMPAT_LAZY_REFCOUNTS;
-  image->read_only = true;
   dirty_node_set_image (dirty_node_of_export (base), image);
 }
