@@ -9,9 +9,10 @@ the client to workloads if it is of a new kind, and a Case here.
 
 import dataclasses
 
+from bitmaps import BITMAP_COUNT, BITMAP_MAP, BITMAP_MERGE
 from images import PASSPHRASE
-from workloads import (CHECK, COPY, MAP, RANDOM_4K, SEQUENTIAL_4K,
-                       Workload)
+from workloads import (CHECK, COPY, MAP, RANDOM_4K, RANDOM_WRITE,
+                       SEQUENTIAL_4K, SEQUENTIAL_WRITE, Workload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,44 @@ class Case:
     # Of our filter; {directory} is where the images are.
     parameters: tuple = ()
     encrypted: bool = False
+    # Our filter; if it is not qcow2, "raw" is the same without it.
+    filter: str = "qcow2"
+    # Instead of an image in the file plugin; the disk is written to.
+    plugin: tuple = ()
+    writable: bool = False
     contenders: tuple = ("raw", "ours", "qemu-nbd", "qcow2dec")
 
 
 # Who can read images of more than one file, or encrypted ones.
 COMPLETE = ("raw", "ours", "qemu-nbd")
 CHAIN = ("qcow2-backing=dir:{directory}",)
+
+
+
+def dirty_cases():
+    """Writes that 1 or 8 bitmaps record."""
+    plugins = {"mem": ("memory", "1G"), "file": ()}
+    for number in (1, 8):
+        for name, plugin in plugins.items():
+            for kind, title, workload in (
+                    ("rand", "random 4 KiB writes, depth 16", RANDOM_WRITE),
+                    ("seq", "sequential 1 MiB writes", SEQUENTIAL_WRITE)):
+                yield Case(f"dirty-{kind}-{name}-{number}",
+                           f"{title}, {number} bitmaps, "
+                           f"{plugin[0] if plugin else 'file'} plugin",
+                           "scratch", workload, (Target(0.95, "raw"),),
+                           tuple(f"dirty-bitmap=b{i}" for i in range(number)),
+                           filter="dirty-tracking", plugin=plugin,
+                           writable=True, contenders=("raw", "ours"))
+
+
+def bitmap_case(name, title, workload):
+    return Case(name, f"{title}, 64 TiB disk, 1 GiB dirty in blocks of "
+                "64 KiB", "scratch", workload, (),
+                ("dirty-bitmap=b0", "dirty-bitmap=b1,disabled=on"),
+                filter="dirty-tracking", plugin=("memory", "64T"),
+                writable=True, contenders=("ours", "qemu-sd"))
+
 
 CASES = [
     Case("seq-plain", "sequential copy, plain image", "plain", COPY,
@@ -72,4 +105,8 @@ CASES = [
     Case("check-16m", "check of 1 TiB with 16 million clusters of 64 KiB",
          "16m-clusters", CHECK, (Target(1.00, "qemu-img"),),
          contenders=("ours", "qemu-img")),
+    *dirty_cases(),
+    bitmap_case("bitmap-count", "count what is dirty", BITMAP_COUNT),
+    bitmap_case("bitmap-merge", "merge two bitmaps", BITMAP_MERGE),
+    bitmap_case("bitmap-map", "map of a bitmap", BITMAP_MAP),
 ]

@@ -185,6 +185,10 @@ IMAGES = {
     "16t-clusters": qcow2_of("disk-16t-clusters", space=2),
     "chain": Image(make_chain, raw="disk", space=1.1),
     "luks": Image(make_encrypted, raw="disk", space=1.1),
+    # What is written to; a file with all blocks.
+    "scratch": Image(lambda path, library: write_real_data(path,
+                                                           library.size),
+                     raw="scratch", space=1),
     # Only metadata: clusters that were reserved and never written.
     "1m-clusters": Image(lambda path, library: make_preallocated(path, "1M"),
                          raw="1m-clusters", space=0.05),

@@ -29,6 +29,7 @@ class Server:
     """A running server."""
     uri: str
     pid: int
+    qmp: str                     # socket, of those who have it
 
     def cpu_seconds(self):
         """CPU time of all its threads so far, finished ones included."""
@@ -43,22 +44,55 @@ class Server:
         return int(value.split()[0]) << 10
 
 
-def nbdkit_argv(words, socket, pidfile):
+def qmp_socket(socket):
+    return socket + ".qmp"
+
+
+def nbdkit_argv(words, case, socket, pidfile):
+    read_only = [] if case.writable else ["-r"]
     return (tools.program("NBDKIT")
-            + ["-f", "-r", "-U", socket, "-P", pidfile] + words)
+            + ["-f", *read_only, "-U", socket, "-P", pidfile] + words)
+
+
+def plugin_words(case, path):
+    return list(case.plugin) or ["file", path]
 
 
 def raw_argv(library, case, socket, pidfile):
     raw = library.path(IMAGES[case.image].raw)
-    return nbdkit_argv(["file", raw], socket, pidfile)
+    return nbdkit_argv(plugin_words(case, raw), case, socket, pidfile)
 
 
-def filter_argv(name, library, case, socket, pidfile):
-    words = [f"--filter={name}", "file", library.path(case.image)]
-    if name == "qcow2":
-        words += [word.format(directory=library.directory)
-                  for word in case.parameters]
-    return nbdkit_argv(words, socket, pidfile)
+def our_argv(library, case, socket, pidfile):
+    words = [f"--filter={case.filter}",
+             *plugin_words(case, library.path(case.image)),
+             *(word.format(directory=library.directory)
+               for word in case.parameters)]
+    if case.filter != "qcow2":
+        words.append(f"qmp={qmp_socket(socket)}")
+    return nbdkit_argv(words, case, socket, pidfile)
+
+
+def qcow2dec_argv(library, case, socket, pidfile):
+    return nbdkit_argv(["--filter=qcow2dec", "file",
+                        library.path(case.image)], case, socket, pidfile)
+
+
+def storage_daemon_argv(library, case, socket, pidfile):
+    """QEMU's, with a disk of the same size that has no content."""
+    size = parse_size(case.plugin[1])
+    return (tools.program("QEMU_SD")
+            + ["--pidfile", pidfile, "--blockdev",
+               f"driver=null-co,node-name=disk,size={size},"
+               "read-zeroes=on,discard=unmap",
+               "--nbd-server", f"addr.type=unix,addr.path={socket}",
+               "--export", "nbd,id=disk,node-name=disk,name=,writable=on",
+               "--chardev", f"socket,id=qmp,path={qmp_socket(socket)},"
+               "server=on,wait=off", "--monitor", "chardev=qmp"])
+
+
+def parse_size(text):
+    return int(text[:-1]) << {"G": 30, "T": 40}[text[-1]]
 
 
 def qemu_argv(aio, library, case, socket, pidfile):
@@ -97,14 +131,17 @@ class Contender:
 
 CONTENDERS = {
     "raw": Contender({"": raw_argv}),
-    "ours": Contender({"": functools.partial(filter_argv, "qcow2")}),
+    "ours": Contender({"": our_argv}),
     "qemu-nbd": Contender(
         {f"--aio={aio}": functools.partial(qemu_argv, aio)
          for aio in ("threads", "io_uring")},
         need=lambda: tools.program("QEMU_NBD")),
     "qcow2dec": Contender(
-        {"": functools.partial(filter_argv, "qcow2dec")},
+        {"": qcow2dec_argv},
         need=lambda: have_nbdkit_filter("qcow2dec"), extents=False),
+    # Only in the cases that are about bitmaps.
+    "qemu-sd": Contender({"": storage_daemon_argv},
+                         need=lambda: tools.program("QEMU_SD")),
     # Only in the cases where it is a program that is measured.
     "qemu-img": Contender({}, need=lambda: tools.program("QEMU_IMG")),
 }
@@ -140,7 +177,7 @@ def serve(argv_for: Callable, library, case):
             pid = wait_for_pidfile(process, pidfile, errors)
             uri = f"nbd+unix:///?socket={socket}"
             tools.run(tools.program("NBDINFO") + ["--size", uri])
-            yield Server(uri, pid)
+            yield Server(uri, pid, qmp_socket(socket))
         finally:
             stop(process)
 

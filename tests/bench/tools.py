@@ -21,6 +21,7 @@ PROGRAMS = {
     "NBDINFO": "nbdinfo",
     "QEMU_IMG": "qemu-img",
     "QEMU_NBD": "qemu-nbd",
+    "QEMU_SD": "qemu-storage-daemon",
     "FIO": "fio",
 }
 

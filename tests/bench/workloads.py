@@ -27,14 +27,14 @@ def timed(argv):
     return time.perf_counter() - start
 
 
-def copy(uri, _options):
+def copy(server, _options):
     """Seconds to read the whole disk."""
-    return timed(tools.program("NBDCOPY") + [uri, "null:"])
+    return timed(tools.program("NBDCOPY") + [server.uri, "null:"])
 
 
-def map_all(uri, _options):
+def map_all(server, _options):
     """Seconds to ask for all extents of the disk."""
-    return timed(tools.program("NBDINFO") + ["--map", uri])
+    return timed(tools.program("NBDINFO") + ["--map", server.uri])
 
 
 @functools.lru_cache(maxsize=None)
@@ -43,18 +43,18 @@ def need_fio():
         raise tools.Unavailable("this fio has no nbd engine")
 
 
-def fio(pattern, depth, uri, options):
-    """4 KiB requests per second over a fixed time."""
+def fio(pattern, size, depth, server, options):
+    """Requests per second over a fixed time."""
     need_fio()
     said = tools.run(tools.program("FIO")
-                     + ["--name=bench", "--ioengine=nbd", f"--uri={uri}",
-                        f"--rw={pattern}", "--bs=4k", "--numjobs=1",
+                     + ["--name=bench", "--ioengine=nbd", f"--uri={server.uri}",
+                        f"--rw={pattern}", f"--bs={size}", "--numjobs=1",
                         f"--iodepth={depth}", "--randseed=1",
                         "--norandommap", "--time_based",
                         f"--runtime={options.seconds}", "--ramp_time=0.5",
                         "--output-format=json"])
     job = json.loads(said[said.index("{"):])["jobs"][0]
-    return job["read"]["iops"]
+    return job["read"]["iops"] + job["write"]["iops"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def check_map(server, raw):
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """RUN (uri, options) returns the figure; CHECK (server, raw) raises
+    """RUN (server, options) returns the figure; CHECK (server, raw) raises
     if the server does not serve what the raw disk holds.
 
     Or, without clients: PROGRAMS, what each contender runs on an image,
@@ -133,5 +133,7 @@ CHECK = Workload(None, SECONDS,
                  programs={"ours": check_ours, "qemu-img": check_qemu})
 COPY = Workload(copy, SECONDS)
 MAP = Workload(map_all, SECONDS, check=check_map, needs_extents=True)
-RANDOM_4K = Workload(functools.partial(fio, "randread", 16), RATE)
-SEQUENTIAL_4K = Workload(functools.partial(fio, "read", 1), RATE)
+RANDOM_4K = Workload(functools.partial(fio, "randread", "4k", 16), RATE)
+SEQUENTIAL_4K = Workload(functools.partial(fio, "read", "4k", 1), RATE)
+RANDOM_WRITE = Workload(functools.partial(fio, "randwrite", "4k", 16), RATE)
+SEQUENTIAL_WRITE = Workload(functools.partial(fio, "write", "1M", 4), RATE)
