@@ -15,7 +15,9 @@ common_sources = \
 	dirty/gate.c \
 	dirty/node.c \
 	dirty/transaction.c \
+	qcow2/allocator.c \
 	qcow2/bitmap.c \
+	qcow2/bitmap-store.c \
 	qcow2/cache.c \
 	qcow2/check.c \
 	qcow2/check-mapping.c \
@@ -25,6 +27,7 @@ common_sources = \
 	qcow2/crypt.c \
 	qcow2/error.c \
 	qcow2/header.c \
+	qcow2/header-update.c \
 	qcow2/image.c \
 	qcow2/io.c \
 	qcow2/luks.c \
@@ -47,7 +50,9 @@ common_headers = \
 	dirty/gate.h \
 	dirty/node.h \
 	dirty/transaction.h \
+	qcow2/allocator.h \
 	qcow2/bitmap.h \
+	qcow2/bitmap-store.h \
 	qcow2/cache.h \
 	qcow2/check.h \
 	qcow2/check-internal.h \
@@ -57,6 +62,7 @@ common_headers = \
 	qcow2/error.h \
 	qcow2/format.h \
 	qcow2/header.h \
+	qcow2/header-update.h \
 	qcow2/image.h \
 	qcow2/io.h \
 	qcow2/luks.h \

@@ -18,11 +18,12 @@
   ((uint64_t) QCOW2_MAX_BITMAPS *                                       \
    (QCOW2_BITMAP_ENTRY_LENGTH + QCOW2_MAX_BITMAP_NAME + 1))
 
-static void
-bitmap_free (gpointer p)
+void
+qcow2_bitmap_free (gpointer p)
 {
   struct qcow2_bitmap *bitmap = p;
 
+  g_free (bitmap->table);
   g_free (bitmap->name);
   g_free (bitmap);
 }
@@ -181,7 +182,7 @@ qcow2_bitmaps_load (const struct qcow2_header *header,
                     const struct qcow2_bitmaps *bitmaps,
                     const struct qcow2_io *io, GError **error)
 {
-  g_autoptr (GPtrArray) array = g_ptr_array_new_with_free_func (bitmap_free);
+  g_autoptr (GPtrArray) array = g_ptr_array_new_with_free_func (qcow2_bitmap_free);
   g_autofree uint8_t *directory = NULL;
   size_t done = 0;
 
@@ -205,6 +206,7 @@ qcow2_bitmaps_load (const struct qcow2_header *header,
                           bitmaps->directory_size - done, bitmap, error);
     if (length == 0)
       return NULL;
+    bitmap->entry = done;
     done += length;
   }
   if (array->len != bitmaps->nr) {

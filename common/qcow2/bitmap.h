@@ -27,11 +27,15 @@ struct qcow2_bitmaps {
 /* An entry of the directory. */
 struct qcow2_bitmap {
   char *name;                   /* any bytes but NUL */
+  uint64_t entry;               /* offset of its entry in the directory */
   uint64_t table_offset;
   uint32_t table_entries;       /* each stands for one cluster of bits */
   uint32_t flags;               /* QCOW2_BITMAP_* */
   uint32_t granularity_bits;    /* a bit stands for 1 << that many bytes */
+  uint64_t *table;              /* in host order; NULL if not loaded */
 };
+
+extern void qcow2_bitmap_free (gpointer bitmap);
 
 /* The extension, if the autoclear bit says that it is valid.  Fails if
  * its fields cannot be right.

@@ -15,6 +15,7 @@
  *   EIO      the layer below failed, or metadata met while reading is bad
  *   ENOENT   no such snapshot
  *   EACCES   the passphrase does not open the image
+ *   ENOSPC   there is no room for what shall be written
  *   ENOMEM   a size taken from the image asks for more than there is
  *
  * Messages name the field, its value and what is allowed.  They do not

@@ -38,6 +38,11 @@
 #define QCOW2_V2_HEADER_LENGTH 72
 #define QCOW2_V3_HEADER_LENGTH 104
 
+/* Places of fields in it. */
+#define QCOW2_HEADER_BACKING_OFFSET 8
+#define QCOW2_HEADER_REFCOUNT_TABLE 48 /* offset, then clusters */
+#define QCOW2_HEADER_AUTOCLEAR 88
+
 /* Feature bits. */
 #define QCOW2_INCOMPAT_DIRTY (UINT64_C (1) << 0)
 #define QCOW2_INCOMPAT_CORRUPT (UINT64_C (1) << 1)
@@ -120,6 +125,27 @@ qcow2_be64 (const void *p)
   uint64_t v;
   memcpy (&v, p, sizeof v);
   return GUINT64_FROM_BE (v);
+}
+
+static inline void
+qcow2_put_be16 (void *p, uint16_t v)
+{
+  v = GUINT16_TO_BE (v);
+  memcpy (p, &v, sizeof v);
+}
+
+static inline void
+qcow2_put_be32 (void *p, uint32_t v)
+{
+  v = GUINT32_TO_BE (v);
+  memcpy (p, &v, sizeof v);
+}
+
+static inline void
+qcow2_put_be64 (void *p, uint64_t v)
+{
+  v = GUINT64_TO_BE (v);
+  memcpy (p, &v, sizeof v);
 }
 
 #endif /* QCOW2_FORMAT_H */

@@ -29,6 +29,9 @@
 /* No program makes more than a handful. */
 #define MAX_EXTENSIONS 1024
 
+/* Type and length of an extension. */
+#define EXTENSION_HEAD 8
+
 #define FEATURE_NAME_ENTRY 48
 #define FEATURE_NAME_LENGTH 46
 
@@ -292,7 +295,8 @@ header_area_end (const struct qcow2_header *header, const uint8_t *buf,
                  uint64_t *end, GError **error)
 {
   const uint64_t cluster_size = UINT64_C (1) << header->cluster_bits;
-  const uint64_t backing_offset = qcow2_be64 (buf + 8);
+  const uint64_t backing_offset =
+    qcow2_be64 (buf + QCOW2_HEADER_BACKING_OFFSET);
 
   if (backing_offset > cluster_size)
     return qcow2_fail (error, EINVAL, "backing_file_offset is %" PRIu64
@@ -335,6 +339,7 @@ load_backing_file (struct qcow2_header *header, const struct qcow2_io *io,
   if (!length)
     return 0;
 
+  header->backing_offset = offset;
   header->backing_file = g_malloc0 (length + 1);
   if (area_read (io, buf, "the backing file's name",
                  header->backing_file, length, offset, error) == -1)
@@ -386,6 +391,7 @@ load_extension_data (struct qcow2_header *header, const struct qcow2_io *io,
 
   ext = g_new (struct qcow2_extension, 1);
   ext->type = type;
+  ext->offset = offset - EXTENSION_HEAD;
   ext->data = g_bytes_new_take (data, length);
   g_ptr_array_add (header->extensions, ext);
   return 0;
@@ -396,9 +402,10 @@ load_extensions (struct qcow2_header *header, const struct qcow2_io *io,
                  const uint8_t *buf, uint64_t end, GError **error)
 {
   uint64_t offset = header->header_length;
-  uint8_t head[8];
+  uint8_t head[EXTENSION_HEAD];
   uint32_t type, length;
 
+  header->extensions_end = offset;
   /* An old file may end right behind its header, without an end marker. */
   while (end - offset >= sizeof head && offset < io->get_size (io)) {
     if (area_read (io, buf, "a header extension", head, sizeof head, offset,
@@ -423,6 +430,7 @@ load_extensions (struct qcow2_header *header, const struct qcow2_io *io,
       return -1;
     /* The data is padded to a multiple of 8; end need not be one. */
     offset += MIN ((length + UINT64_C (7)) & ~UINT64_C (7), end - offset);
+    header->extensions_end = offset;
   }
   return 0;
 }

@@ -25,6 +25,7 @@
  */
 struct qcow2_extension {
   uint32_t type;
+  uint64_t offset;              /* of its type, in the file */
   GBytes *data;
 };
 
@@ -50,6 +51,8 @@ struct qcow2_header {
   char *backing_format;         /* NULL if not given */
   char *data_file;              /* NULL if not given */
   GPtrArray *extensions;        /* of struct qcow2_extension */
+  uint64_t extensions_end;      /* where the end marker stands, or could */
+  uint64_t backing_offset;      /* of the name, or 0 */
 };
 
 /* True if the bytes at buf (count of them) begin as a qcow2 image does. */

@@ -57,3 +57,19 @@ qcow2_io_read_padded (const struct qcow2_io *io, uint32_t slack,
   memset ((char *) buf + inside, 0, count - inside);
   return 0;
 }
+
+int
+qcow2_io_write (const struct qcow2_io *io, const void *buf, size_t count,
+                uint64_t offset, GError **error)
+{
+  const uint64_t size = io->get_size (io);
+
+  if (offset + count > size) {
+    if (!io->grow)
+      return qcow2_fail (error, ENOSPC, "the container has %" PRIu64 " bytes, "
+                         "and cannot become larger", size);
+    if (io->grow (io, offset + count, error) == -1)
+      return -1;
+  }
+  return io->pwrite (io, buf, count, offset, error);
+}

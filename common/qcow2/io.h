@@ -32,6 +32,22 @@ struct qcow2_io {
 
   /* The size of the container in bytes.  Does not fail. */
   uint64_t (*get_size) (const struct qcow2_io *io);
+
+  /* The rest is NULL if the container cannot be written to. */
+
+  /* Write exactly count bytes, inside the container. */
+  int (*pwrite) (const struct qcow2_io *io, const void *buf, size_t count,
+                 uint64_t offset, GError **error);
+
+  /* What was written before is on stable storage when this returns; of
+   * what was written since the last flush a crash may keep any part.
+   */
+  int (*flush) (const struct qcow2_io *io, GError **error);
+
+  /* Make the container larger; what it gains reads as zeroes.  NULL if
+   * its size cannot change.
+   */
+  int (*grow) (const struct qcow2_io *io, uint64_t size, GError **error);
 };
 
 /* Read count bytes of metadata; all of them must lie in the container.
@@ -48,5 +64,9 @@ extern int qcow2_io_read_exact (const struct qcow2_io *io, const char *what,
 extern int qcow2_io_read_padded (const struct qcow2_io *io, uint32_t slack,
                                  void *buf, size_t count, uint64_t offset,
                                  GError **error);
+
+/* Write metadata; the container grows if the range ends beyond its end. */
+extern int qcow2_io_write (const struct qcow2_io *io, const void *buf,
+                           size_t count, uint64_t offset, GError **error);
 
 #endif /* QCOW2_IO_H */

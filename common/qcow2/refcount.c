@@ -34,6 +34,24 @@ qcow2_refcount_get (const uint8_t *block, uint64_t i, uint32_t refcount_order)
   }
 }
 
+void
+qcow2_refcount_put (uint8_t *block, uint64_t i, uint32_t refcount_order,
+                    uint64_t value)
+{
+  const unsigned width = 1U << refcount_order; /* in bits */
+  const unsigned shift = i * width & 7;
+
+  switch (refcount_order) {
+  case 3: block[i] = value; break;
+  case 4: qcow2_put_be16 (block + i * 2, value); break;
+  case 5: qcow2_put_be32 (block + i * 4, value); break;
+  case 6: qcow2_put_be64 (block + i * 8, value); break;
+  default:
+    block[i * width >> 3] &= ~(((1U << width) - 1) << shift);
+    block[i * width >> 3] |= value << shift;
+  }
+}
+
 /* How many of the first n refcounts in a block are not 0. */
 static uint64_t
 count_nonzero (const uint8_t *block, uint64_t n, uint32_t order)

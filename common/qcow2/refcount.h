@@ -27,6 +27,9 @@ qcow2_refcounts_per_block (const struct qcow2_image *image)
 extern uint64_t qcow2_refcount_get (const uint8_t *block, uint64_t i,
                                     uint32_t refcount_order);
 
+extern void qcow2_refcount_put (uint8_t *block, uint64_t i,
+                                uint32_t refcount_order, uint64_t value);
+
 /* Count the clusters of the container that are in use (whose refcount is
  * not 0), but stop as soon as limit of them were found.  Returns 0, or
  * -1 with error set.

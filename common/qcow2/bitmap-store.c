@@ -1,0 +1,638 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* The order of writes:
+ *
+ * Content is saved in place, in a bitmap that is marked as in use.  New
+ * clusters are written and flushed before the table refers to them, old
+ * ones freed when the table that does not refer to them is flushed.
+ *
+ * The directory is never changed in place but for flags, each of which is
+ * valid alone.  A new one is written beside it, with tables for what is
+ * new, and flushed; then the header's extension switches to it, in one
+ * write; then what only the old one referred to is freed.
+ *
+ * The extension is only looked at if a bit of the header's, autoclear, is
+ * set: so the bit is set last when the first bitmap is added, and cleared
+ * first when the last one is removed.
+ */
+
+#include <config.h>
+
+#include <inttypes.h>
+#include <string.h>
+
+#include "qcow2/allocator.h"
+#include "qcow2/bitmap-store.h"
+#include "qcow2/error.h"
+#include "qcow2/header-update.h"
+
+#define EXTENSION_LENGTH 24
+#define TABLE_SECTOR 64         /* entries of a table in 512 bytes */
+#define ENTRY_FLAGS 12          /* offset of the flags in an entry */
+
+struct qcow2_bitmap_store {
+  struct qcow2_image *image;
+  struct qcow2_allocator *allocator;
+  struct qcow2_bitmaps place;   /* of the directory */
+  GPtrArray *bitmaps;
+};
+
+/* Opening. */
+
+struct qcow2_bitmap_store *
+qcow2_bitmap_store_open (struct qcow2_image *image,
+                         const struct qcow2_io *io, GError **error)
+{
+  struct qcow2_bitmap_store *store = g_new0 (struct qcow2_bitmap_store, 1);
+
+  store->image = image;
+  if (qcow2_bitmaps_find (image->header, &store->place, error) == 0)
+    store->bitmaps = qcow2_bitmaps_load (image->header, &store->place, io,
+                                         error);
+  if (store->bitmaps)
+    store->allocator = qcow2_allocator_new (image, io, error);
+  if (!store->allocator)
+    g_clear_pointer (&store, qcow2_bitmap_store_close);
+  return store;
+}
+
+void
+qcow2_bitmap_store_close (struct qcow2_bitmap_store *store)
+{
+  if (!store)
+    return;
+  qcow2_allocator_free (store->allocator);
+  if (store->bitmaps)
+    g_ptr_array_unref (store->bitmaps);
+  g_free (store);
+}
+
+const GPtrArray *
+qcow2_bitmap_store_list (const struct qcow2_bitmap_store *store)
+{
+  return store->bitmaps;
+}
+
+struct qcow2_bitmap *
+qcow2_bitmap_store_find (const struct qcow2_bitmap_store *store,
+                         const char *name)
+{
+  for (guint i = 0; i < store->bitmaps->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    if (strcmp (bitmap->name, name) == 0)
+      return bitmap;
+  }
+  return NULL;
+}
+
+/* Sizes. */
+
+static uint64_t
+divide_up (uint64_t n, uint64_t by)
+{
+  return n / by + (n % by != 0);
+}
+
+static uint64_t
+clusters_for (const struct qcow2_bitmap_store *store, uint64_t bytes)
+{
+  return divide_up (bytes, store->image->cluster_size);
+}
+
+/* Granules whose bits lie in one cluster. */
+static uint64_t
+bits_per_cluster (const struct qcow2_bitmap_store *store)
+{
+  return (uint64_t) store->image->cluster_size * 8;
+}
+
+static uint64_t
+table_bytes (const struct qcow2_bitmap *bitmap)
+{
+  return (uint64_t) bitmap->table_entries * 8;
+}
+
+/* Tables. */
+
+static int
+check_entry (const struct qcow2_bitmap_store *store, uint64_t entry,
+             const struct qcow2_bitmap *bitmap, GError **error)
+{
+  const uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+
+  if (entry & QCOW2_BITMAP_ENTRY_RESERVED_MASK ||
+      (offset && entry & QCOW2_BITMAP_ENTRY_ONES) ||
+      offset & (store->image->cluster_size - 1)) {
+    g_autofree char *name = g_strescape (bitmap->name, NULL);
+
+    return qcow2_fail (error, EIO, "the table of bitmap \"%s\" has an entry "
+                       "0x%016" PRIx64 ", which is not allowed", name, entry);
+  }
+  return 0;
+}
+
+static int
+load_table (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+            struct qcow2_bitmap *bitmap, GError **error)
+{
+  g_autofree uint64_t *table = NULL;
+
+  if (bitmap->table)
+    return 0;
+  table = g_try_malloc (table_bytes (bitmap));
+  if (!table)
+    return qcow2_fail (error, ENOMEM, "no memory for the table of a bitmap");
+  if (qcow2_io_read_exact (io, "the table of a bitmap", table,
+                           table_bytes (bitmap), bitmap->table_offset,
+                           error) == -1)
+    return -1;
+  for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
+    table[i] = qcow2_be64 (&table[i]);
+    if (check_entry (store, table[i], bitmap, error) == -1)
+      return -1;
+  }
+  bitmap->table = g_steal_pointer (&table);
+  return 0;
+}
+
+/* Write the part of a table, with all that shares its sectors. */
+static int
+write_table (const struct qcow2_io *io, const struct qcow2_bitmap *bitmap,
+             uint32_t begin, uint32_t end, GError **error)
+{
+  g_autofree uint8_t *buf = g_malloc ((uint64_t) (end - begin) * 8);
+
+  for (uint32_t i = begin; i < end; ++i)
+    qcow2_put_be64 (buf + (uint64_t) (i - begin) * 8, bitmap->table[i]);
+  return qcow2_io_write (io, buf, (uint64_t) (end - begin) * 8,
+                         bitmap->table_offset + (uint64_t) begin * 8, error);
+}
+
+/* Content. */
+
+int
+qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
+                         const struct qcow2_io *io,
+                         struct qcow2_bitmap *bitmap, struct dirty_bits *bits,
+                         GError **error)
+{
+  const uint32_t cluster_size = store->image->cluster_size;
+  const uint64_t step = bits_per_cluster (store);
+  const uint64_t length = dirty_bits_length (bits);
+  g_autofree uint8_t *buf = g_try_malloc (cluster_size);
+
+  if (!buf)
+    return qcow2_fail (error, ENOMEM, "no memory for a cluster");
+  if (load_table (store, io, bitmap, error) == -1)
+    return -1;
+  for (uint32_t i = 0; i < bitmap->table_entries && i * step < length; ++i) {
+    const uint64_t entry = bitmap->table[i];
+    const uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+
+    if (entry == 0)
+      continue;
+    if (!offset)
+      dirty_bits_set (bits, i * step << bitmap->granularity_bits,
+                      step << bitmap->granularity_bits);
+    else if (qcow2_io_read_padded (io, cluster_size, buf, cluster_size,
+                                   offset, error) == -1)
+      return -1;
+    else
+      dirty_bits_import (bits, i * step, buf, cluster_size);
+  }
+  return 0;
+}
+
+/* What a cluster of bits can be in the table without being stored, 0 or
+ * QCOW2_BITMAP_ENTRY_ONES; or else UINT64_MAX.  Ones that reach behind the
+ * end of the bitmap must be stored.
+ */
+static uint64_t
+uniform_entry (const uint8_t *buf, size_t size, bool whole)
+{
+  const uint8_t first = buf[0];
+
+  if ((first != 0 && first != 0xff) || memcmp (buf, buf + 1, size - 1) != 0)
+    return UINT64_MAX;
+  return first == 0 ? 0 : whole ? QCOW2_BITMAP_ENTRY_ONES : UINT64_MAX;
+}
+
+/* A save that goes on. */
+struct save {
+  struct qcow2_bitmap_store *store;
+  const struct qcow2_io *io;
+  struct qcow2_bitmap *bitmap;
+  uint8_t *buf, *old;           /* a cluster of bits */
+  GArray *changed;              /* numbers of entries */
+  GArray *unused;               /* offsets of clusters to be freed */
+};
+
+/* Bring one cluster of bits up to date; its entry only in memory. */
+static int
+save_cluster (struct save *s, uint32_t i, bool whole, GError **error)
+{
+  const uint32_t cluster_size = s->store->image->cluster_size;
+  const uint64_t entry = s->bitmap->table[i];
+  const uint64_t uniform = uniform_entry (s->buf, cluster_size, whole);
+  uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+
+  if (uniform != UINT64_MAX) {
+    if (entry == uniform)
+      return 0;
+    if (offset)
+      g_array_append_val (s->unused, offset);
+    s->bitmap->table[i] = uniform;
+    g_array_append_val (s->changed, i);
+    return 0;
+  }
+  if (!offset) {
+    if (qcow2_allocate (s->store->allocator, s->io, 1, &offset, error) == -1)
+      return -1;
+    s->bitmap->table[i] = offset;
+    g_array_append_val (s->changed, i);
+  }
+  return qcow2_io_write (s->io, s->buf, cluster_size, offset, error);
+}
+
+static int
+save_clusters (struct save *s, struct dirty_bits *bits,
+               struct dirty_bits *stored, GError **error)
+{
+  const uint32_t cluster_size = s->store->image->cluster_size;
+  const uint64_t step = bits_per_cluster (s->store);
+  const uint64_t length = dirty_bits_length (bits);
+
+  for (uint32_t i = 0; i < s->bitmap->table_entries; ++i) {
+    dirty_bits_export (bits, i * step, s->buf, cluster_size);
+    if (stored) {
+      dirty_bits_export (stored, i * step, s->old, cluster_size);
+      if (memcmp (s->buf, s->old, cluster_size) == 0)
+        continue;
+    }
+    if (save_cluster (s, i, (i + 1) * step <= length, error) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+static int
+save_table (const struct save *s, GError **error)
+{
+  for (guint n = 0; n < s->changed->len; ) {
+    const uint32_t begin = g_array_index (s->changed, uint32_t, n) /
+      TABLE_SECTOR * TABLE_SECTOR;
+    const uint32_t end = MIN (begin + TABLE_SECTOR,
+                              s->bitmap->table_entries);
+
+    if (write_table (s->io, s->bitmap, begin, end, error) == -1)
+      return -1;
+    while (n < s->changed->len &&
+           g_array_index (s->changed, uint32_t, n) < end)
+      n++;
+  }
+  return s->io->flush (s->io, error);
+}
+
+static int
+free_unused (const struct save *s, GError **error)
+{
+  for (guint i = 0; i < s->unused->len; ++i)
+    if (qcow2_free (s->store->allocator, s->io,
+                    g_array_index (s->unused, uint64_t, i), 1, error) == -1)
+      return -1;
+  return 0;
+}
+
+int
+qcow2_bitmap_store_save (struct qcow2_bitmap_store *store,
+                         const struct qcow2_io *io,
+                         struct qcow2_bitmap *bitmap, struct dirty_bits *bits,
+                         struct dirty_bits *stored, GError **error)
+{
+  const uint32_t cluster_size = store->image->cluster_size;
+  g_autofree uint8_t *buf = g_try_malloc (cluster_size);
+  g_autofree uint8_t *old = g_try_malloc (cluster_size);
+  g_autoptr (GArray) changed = g_array_new (FALSE, FALSE, sizeof (uint32_t));
+  g_autoptr (GArray) unused = g_array_new (FALSE, FALSE, sizeof (uint64_t));
+  struct save s = { store, io, bitmap, buf, old, changed, unused };
+
+  if (!buf || !old)
+    return qcow2_fail (error, ENOMEM, "no memory for a cluster");
+  if (load_table (store, io, bitmap, error) == -1 ||
+      save_clusters (&s, bits, stored, error) == -1 ||
+      io->flush (io, error) == -1)
+    return -1;
+  if (changed->len == 0)
+    return 0;
+  if (save_table (&s, error) == -1)
+    return -1;
+  return free_unused (&s, error);
+}
+
+int
+qcow2_bitmap_store_set_flags (struct qcow2_bitmap_store *store,
+                              const struct qcow2_io *io,
+                              struct qcow2_bitmap *bitmap, uint32_t flags,
+                              GError **error)
+{
+  uint8_t field[4];
+
+  if (flags == bitmap->flags)
+    return 0;
+  qcow2_put_be32 (field, flags);
+  if (qcow2_io_write (io, field, sizeof field,
+                      store->place.directory_offset + bitmap->entry +
+                      ENTRY_FLAGS, error) == -1)
+    return -1;
+  bitmap->flags = flags;
+  return 0;
+}
+
+/* The directory. */
+
+static struct qcow2_bitmap *
+copy_bitmap (const struct qcow2_bitmap *bitmap)
+{
+  struct qcow2_bitmap *copy = g_new (struct qcow2_bitmap, 1);
+
+  *copy = *bitmap;
+  copy->name = g_strdup (bitmap->name);
+  copy->table = NULL;
+  return copy;
+}
+
+static bool
+is_named_in (const struct qcow2_bitmap *bitmap, const GPtrArray *names)
+{
+  for (guint i = 0; names && i < names->len; ++i)
+    if (strcmp (g_ptr_array_index (names, i), bitmap->name) == 0)
+      return true;
+  return false;
+}
+
+/* An empty bitmap of the whole disk, not yet in any directory. */
+static int
+make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+             struct qcow2_bitmap *bitmap, GError **error)
+{
+  const uint64_t granules = divide_up (store->image->header->size,
+                                       UINT64_C (1) <<
+                                       bitmap->granularity_bits);
+  const uint64_t entries = MAX (divide_up (granules,
+                                           bits_per_cluster (store)), 1);
+  uint64_t clusters;
+  g_autofree uint8_t *zeroes = NULL;
+
+  if (entries * store->image->cluster_size > QCOW2_MAX_BITMAP_BYTES)
+    return qcow2_fail (error, EINVAL, "bitmap \"%s\" would have %" PRIu64
+                       " bytes, but at most %" PRIu64 " are allowed: choose "
+                       "a larger granularity", bitmap->name,
+                       entries * store->image->cluster_size,
+                       QCOW2_MAX_BITMAP_BYTES);
+  bitmap->table_entries = entries;
+  clusters = clusters_for (store, table_bytes (bitmap));
+  zeroes = g_try_malloc0 (clusters * store->image->cluster_size);
+  if (!zeroes)
+    return qcow2_fail (error, ENOMEM, "no memory for the table of a bitmap");
+  if (qcow2_allocate (store->allocator, io, clusters, &bitmap->table_offset,
+                      error) == -1)
+    return -1;
+  return qcow2_io_write (io, zeroes, clusters * store->image->cluster_size,
+                         bitmap->table_offset, error);
+}
+
+/* The bitmaps of the new directory.  NULL with error set. */
+static GPtrArray *
+make_list (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+           const GPtrArray *remove, const GPtrArray *add, GError **error)
+{
+  g_autoptr (GPtrArray) list =
+    g_ptr_array_new_with_free_func (qcow2_bitmap_free);
+
+  for (guint i = 0; i < store->bitmaps->len; ++i) {
+    const struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    if (!is_named_in (bitmap, remove))
+      g_ptr_array_add (list, copy_bitmap (bitmap));
+  }
+  if (list->len + (add ? add->len : 0) > QCOW2_MAX_BITMAPS) {
+    qcow2_fail (error, EINVAL, "an image has at most %d bitmaps",
+                QCOW2_MAX_BITMAPS);
+    return NULL;
+  }
+  for (guint i = 0; add && i < add->len; ++i) {
+    struct qcow2_bitmap *bitmap = copy_bitmap (g_ptr_array_index (add, i));
+
+    g_ptr_array_add (list, bitmap);
+    if (make_bitmap (store, io, bitmap, error) == -1)
+      return NULL;
+  }
+  return g_steal_pointer (&list);
+}
+
+static size_t
+entry_length (const struct qcow2_bitmap *bitmap)
+{
+  return (QCOW2_BITMAP_ENTRY_LENGTH + strlen (bitmap->name) + 7) &
+    ~(size_t) 7;
+}
+
+static void
+put_entry (uint8_t *p, const struct qcow2_bitmap *bitmap)
+{
+  const size_t length = strlen (bitmap->name);
+
+  qcow2_put_be64 (p, bitmap->table_offset);
+  qcow2_put_be32 (p + 8, bitmap->table_entries);
+  qcow2_put_be32 (p + ENTRY_FLAGS, bitmap->flags);
+  p[16] = QCOW2_BITMAP_TYPE_DIRTY;
+  p[17] = bitmap->granularity_bits;
+  qcow2_put_be16 (p + 18, length);
+  memcpy (p + QCOW2_BITMAP_ENTRY_LENGTH, bitmap->name, length);
+}
+
+/* Write the directory of a list to clusters of its own. */
+static int
+write_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+                 const GPtrArray *list, struct qcow2_bitmaps *place,
+                 GError **error)
+{
+  uint64_t bytes;
+  g_autofree uint8_t *buf = NULL;
+
+  memset (place, 0, sizeof *place);
+  place->nr = list->len;
+  for (guint i = 0; i < list->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (list, i);
+
+    bitmap->entry = place->directory_size;
+    place->directory_size += entry_length (bitmap);
+  }
+  bytes = clusters_for (store, place->directory_size) *
+    store->image->cluster_size;
+  buf = g_try_malloc0 (bytes);
+  if (!buf)
+    return qcow2_fail (error, ENOMEM, "no memory for the bitmap directory");
+  for (guint i = 0; i < list->len; ++i) {
+    const struct qcow2_bitmap *bitmap = g_ptr_array_index (list, i);
+
+    put_entry (buf + bitmap->entry, bitmap);
+  }
+  if (qcow2_allocate (store->allocator, io,
+                      bytes / store->image->cluster_size,
+                      &place->directory_offset, error) == -1 ||
+      qcow2_io_write (io, buf, bytes, place->directory_offset, error) == -1)
+    return -1;
+  return io->flush (io, error);
+}
+
+static void
+put_extension (uint8_t *data, const struct qcow2_bitmaps *place)
+{
+  memset (data, 0, EXTENSION_LENGTH);
+  qcow2_put_be32 (data, place->nr);
+  qcow2_put_be64 (data + 8, place->directory_size);
+  qcow2_put_be64 (data + 16, place->directory_offset);
+}
+
+static int
+set_valid (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+           bool valid, GError **error)
+{
+  struct qcow2_header *header = store->image->header;
+  const uint64_t others = header->autoclear & ~QCOW2_AUTOCLEAR_BITMAPS;
+
+  if (qcow2_header_set_autoclear (header, io, valid ?
+                                  others | QCOW2_AUTOCLEAR_BITMAPS : others,
+                                  error) == -1)
+    return -1;
+  return io->flush (io, error);
+}
+
+/* Let the extension, which exists, refer to another directory. */
+static int
+replace_extension (struct qcow2_bitmap_store *store,
+                   const struct qcow2_io *io, const uint8_t *data,
+                   bool resized, GError **error)
+{
+  struct qcow2_header *header = store->image->header;
+  const bool tears = resized &&
+    qcow2_header_extension_can_tear (header, QCOW2_EXT_BITMAPS);
+  GBytes *old = qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS);
+
+  if (g_bytes_get_size (old) != EXTENSION_LENGTH)
+    return qcow2_fail (error, ENOTSUP, "the header has a bitmaps extension of "
+                       "%zu bytes, which cannot be replaced",
+                       g_bytes_get_size (old));
+  if (tears && header->autoclear & QCOW2_AUTOCLEAR_BITMAPS &&
+      set_valid (store, io, false, error) == -1)
+    return -1;
+  if (qcow2_header_put_extension (header, io, QCOW2_EXT_BITMAPS, data,
+                                  EXTENSION_LENGTH, error) == -1)
+    return -1;
+  return io->flush (io, error);
+}
+
+/* Let the header refer to this directory. */
+static int
+switch_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+                  const struct qcow2_bitmaps *place, GError **error)
+{
+  struct qcow2_header *header = store->image->header;
+  const bool resized = place->nr != store->place.nr ||
+    place->directory_size != store->place.directory_size;
+  uint8_t data[EXTENSION_LENGTH];
+
+  put_extension (data, place);
+  if ((qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS) ?
+       replace_extension (store, io, data, resized, error) :
+       qcow2_header_add_extension (header, io, QCOW2_EXT_BITMAPS, data,
+                                   EXTENSION_LENGTH, error)) == -1)
+    return -1;
+  if (header->autoclear & QCOW2_AUTOCLEAR_BITMAPS)
+    return 0;
+  return set_valid (store, io, true, error);
+}
+
+/* There are no bitmaps any more. */
+static int
+drop_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+                GError **error)
+{
+  if (set_valid (store, io, false, error) == -1 ||
+      qcow2_header_drop_extension (store->image->header, io,
+                                   QCOW2_EXT_BITMAPS, error) == -1)
+    return -1;
+  return io->flush (io, error);
+}
+
+static int
+free_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+             struct qcow2_bitmap *bitmap, GError **error)
+{
+  /* What a damaged table refers to is leaked rather than freed. */
+  if (load_table (store, io, bitmap, NULL) == 0)
+    for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
+      const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
+
+      if (offset && qcow2_free (store->allocator, io, offset, 1, error) == -1)
+        return -1;
+    }
+  return qcow2_free (store->allocator, io, bitmap->table_offset,
+                     clusters_for (store, table_bytes (bitmap)), error);
+}
+
+/* Free the old directory, and the bitmaps that were removed. */
+static int
+free_old (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+          const GPtrArray *remove, GError **error)
+{
+  for (guint i = 0; i < store->bitmaps->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    if (is_named_in (bitmap, remove) &&
+        free_bitmap (store, io, bitmap, error) == -1)
+      return -1;
+  }
+  if (store->place.nr == 0)
+    return 0;
+  return qcow2_free (store->allocator, io, store->place.directory_offset,
+                     clusters_for (store, store->place.directory_size),
+                     error);
+}
+
+int
+qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
+                           const struct qcow2_io *io, const GPtrArray *remove,
+                           const GPtrArray *add, GError **error)
+{
+  g_autoptr (GPtrArray) list = NULL;
+  struct qcow2_bitmaps place = { 0 };
+
+  if (store->image->header->version < 3)
+    return qcow2_fail (error, ENOTSUP, "a version 2 image cannot have "
+                       "bitmaps; \"qemu-img amend -o compat=1.1\" makes it "
+                       "version 3");
+  list = make_list (store, io, remove, add, error);
+  if (!list)
+    return -1;
+  if (list->len > 0) {
+    if (write_directory (store, io, list, &place, error) == -1 ||
+        switch_directory (store, io, &place, error) == -1)
+      return -1;
+  }
+  else if (store->place.nr > 0 && drop_directory (store, io, error) == -1)
+    return -1;
+  if (free_old (store, io, remove, error) == -1)
+    return -1;
+  g_ptr_array_unref (store->bitmaps);
+  store->bitmaps = g_steal_pointer (&list);
+  store->place = place;
+  return io->flush (io, error);
+}
