@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-qcow2-filters authors
+"""The QMP server: the protocol, the commands beside QEMU's answers, and
+input of all sorts that makes no sense."""
+
+import json
+import os
+import socket
+import stat
+import time
+
+import qf
+import qmp
+from qf import KiB, MiB
+
+MEMORY = ("--filter=dirty-tracking", "memory", "10M", "dirty-bitmap=b0",
+          "dirty-bitmap=b1,granularity=512,disabled=on")
+
+# Members that QEMU's schema demands.
+NODE = {"file": str, "ro": bool, "drv": str, "backing_file_depth": int,
+        "encrypted": bool, "detect_zeroes": str, "bps": int, "bps_rd": int,
+        "bps_wr": int, "iops": int, "iops_rd": int, "iops_wr": int,
+        "image": dict, "cache": dict, "write_threshold": int,
+        "node-name": str}
+IMAGE = {"filename": str, "format": str, "virtual-size": int}
+CACHE = {"writeback": bool, "direct": bool, "no-flush": bool}
+BITMAP = {"name": str, "count": int, "granularity": int, "recording": bool,
+          "busy": bool, "persistent": bool}
+
+
+class Served:
+    """A server with a QMP socket, as a context."""
+
+    def __init__(self, tmp, *args):
+        self.path = os.path.join(tmp, "qmp")
+        self.context = qf.serve(tmp, *(args or MEMORY), "qmp=" + self.path)
+
+    def __enter__(self):
+        server = self.context.__enter__()
+        return server, self.path
+
+    def __exit__(self, *args):
+        return self.context.__exit__(*args)
+
+
+def check_members(what, value, members, optional=()):
+    for name, kind in members.items():
+        qf.check(name in value, f"{what} has no {name}")
+        qf.check(type(value[name]) is kind, f"{what}: {name} is no {kind}")
+    unknown = set(value) - set(members) - set(optional)
+    qf.check(not unknown, f"{what} has {unknown}")
+
+
+def check_node(node):
+    check_members("a node", node, NODE, ["dirty-bitmaps"])
+    check_members("cache", node["cache"], CACHE)
+    check_members("image", node["image"], IMAGE,
+                  ["actual-size", "cluster-size", "dirty-flag", "encrypted",
+                   "format-specific"])
+    for bitmap in node.get("dirty-bitmaps", []):
+        check_members("a bitmap", bitmap, BITMAP)
+
+
+def test_negotiation(tmp):
+    with Served(tmp) as (_, path):
+        client = qmp.Client(path, negotiate=False)
+        for command in ("query-version", "nonsense"):
+            qf.equal(command, qmp.refused(client, ["qmp_capabilities"],
+                                          command).cls, "CommandNotFound")
+        qmp.refused(client, ["enable"], "qmp_capabilities", enable=["oob"])
+        qmp.refused(client, ["x"], "qmp_capabilities", x=1)
+        client("qmp_capabilities", enable=[])
+        qf.equal("again", qmp.refused(client, [], "qmp_capabilities").cls,
+                 "CommandNotFound")
+        version = client("query-version")
+        check_members("version", version, {"qemu": dict, "package": str})
+        check_members("qemu", version["qemu"],
+                      {"major": int, "minor": int, "micro": int})
+        names = [c["name"] for c in client("query-commands")]
+        for name in ("block-dirty-bitmap-add", "transaction",
+                     "query-named-block-nodes", "query-version"):
+            qf.check(name in names, f"{name} is not in {names}")
+        client.close()
+
+
+def test_nodes(tmp):
+    with Served(tmp) as (server, path):
+        client = qmp.Client(path)
+        nodes = client("query-named-block-nodes", flat=True)
+        check_node(nodes[0])
+        qf.equal("size", nodes[0]["image"]["virtual-size"], 10 * MiB)
+        qf.equal("bitmaps", list(client.bitmaps()), ["b1", "b0"])
+        handle = server.connect()
+        handle.pwrite(b"x", 10 * MiB - 1)
+        handle.shutdown()
+        qf.equal("count", client.bitmaps()["b0"]["count"], 64 * KiB)
+        client.close()
+
+
+def test_image(tmp):
+    for options in ("compat=0.10", "cluster_size=4k,compression_type=zlib",
+                    "extended_l2=on,refcount_bits=32", "lazy_refcounts=on"):
+        path = os.path.join(tmp, "image.qcow2")
+        qf.qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, "5M")
+        info = json.loads(qf.qemu_img("info", "--output=json", path))
+        with Served(tmp, "-r", "--filter=qcow2", "file", path) as (_, socket):
+            client = qmp.Client(socket)
+            node = client("query-named-block-nodes")[0]
+            check_node(node)
+            qf.equal("drv", node["drv"], "qcow2")
+            for name in ("virtual-size", "cluster-size", "format",
+                         "dirty-flag", "filename"):
+                qf.equal(name, node["image"][name], info[name])
+            qf.equal("format-specific",
+                     node["image"]["format-specific"]["data"],
+                     info["format-specific"]["data"])
+            names = [c["name"] for c in client("query-commands")]
+            qf.check("transaction" not in names,
+                     "bitmaps could be added that nobody marks")
+            client.close()
+
+
+def bitmap_commands():
+    """Commands on node disk, good and bad ones."""
+    def command(kind, /, **args):
+        return "block-dirty-bitmap-" + kind, {"node": "disk", **args}
+
+    yield command("add", name="x")
+    yield command("add", name="x")
+    for granularity in (0, 1, 256, 1000, 512, 4096, -1, "4k", 2.5, True):
+        yield command("add", name=f"g{granularity}", granularity=granularity)
+    yield command("add", name="")
+    yield command("add", name="n" * 1023)
+    yield command("add", name="n" * 1024)
+    yield command("add", name="off", disabled=True)
+    yield command("add", name="odd", disabled="yes")
+    yield command("add", name=5)
+    yield command("add")
+    yield command("add", name="more", bogus=1)
+    yield command("add", name="p", persistent=True)
+    yield "block-dirty-bitmap-add", {"node": "nowhere", "name": "x"}
+    yield "block-dirty-bitmap-add", {"name": "x"}
+    for action in ("enable", "disable", "clear", "remove"):
+        yield command(action, name="missing")
+        yield command(action, name="off")
+    yield command("merge", target="x", bitmaps=["g512", "g4096"])
+    yield command("merge", target="x",
+                  bitmaps=[{"node": "disk", "name": "g512"}])
+    yield command("merge", target="x", bitmaps=["missing"])
+    yield command("merge", target="missing", bitmaps=["x"])
+    yield command("merge", target="x", bitmaps=[5])
+    yield command("merge", target="x", bitmaps="g512")
+    yield command("merge", target="x")
+    yield "x-debug-block-dirty-bitmap-sha256", {"node": "disk", "name": "x"}
+    yield "x-debug-block-dirty-bitmap-sha256", {"node": "disk", "name": "y"}
+    yield "no-such-command", {}
+    yield "query-version", {"argument": 1}
+    yield from transactions()
+
+
+def transactions():
+    def action(kind, /, **args):
+        return {"type": "block-dirty-bitmap-" + kind,
+                "data": {"node": "disk", **args}}
+
+    abort = {"type": "abort", "data": {}}
+    for actions in (
+            [], [action("add", name="t1"), action("add", name="t2")],
+            [action("add", name="t3"), abort],
+            [abort, action("add", name="t3")],
+            [action("add", name="t4"), action("clear", name="missing")],
+            [action("disable", name="t1"), action("add", name="t1")],
+            [action("add", name="t5"), action("disable", name="t5"),
+             action("merge", target="t5", bitmaps=["x"])],
+            [action("clear", name="x"), action("enable", name="t1"),
+             action("add", name="t1")],
+            [action("remove", name="t2"), abort],
+            [{"type": "no-such-action", "data": {}}],
+            [{"type": "abort"}], [5], {"type": "abort", "data": {}}):
+        yield "transaction", {"actions": actions}
+    yield "transaction", {"actions": [], "properties": {}}
+    yield "transaction", {"actions": [], "bogus": 1}
+    yield "transaction", {}
+
+
+def outcome(client, command, arguments):
+    try:
+        return client.request(command, arguments)
+    except qmp.Error as error:
+        return error.cls
+
+
+def test_same_as_qemu(tmp):
+    """Success, class of error, and what the bitmaps are afterwards."""
+    qf.need("qemu-storage-daemon")
+    process, _, qemu = qmp.storage_daemon(tmp, 10 * MiB)
+    try:
+        with Served(tmp, "--filter=dirty-tracking", "memory", "10M") \
+             as (_, path):
+            ours = qmp.Client(path)
+            for command, arguments in bitmap_commands():
+                expected, actual = (outcome(client, command, arguments)
+                                    for client in (qemu, ours))
+                qf.equal(f"{command} {arguments}", actual, expected)
+                qf.equal(f"bitmaps after {command} {arguments}",
+                         list(ours.bitmaps().values()),
+                         list(qemu.bitmaps().values()))
+            ours.close()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_messages(tmp):
+    """They name the bitmap and the node."""
+    with Served(tmp) as (server, path):
+        client = qmp.Client(path)
+        view = server.connect("dirty/b0")
+        for command in ("clear", "remove", "disable"):
+            qmp.refused(client, ["b0", "disk", "busy"],
+                        "block-dirty-bitmap-" + command, node="disk",
+                        name="b0")
+        qf.equal("busy", client.bitmaps()["b0"]["busy"], True)
+        client("block-dirty-bitmap-merge", node="disk", target="b1",
+               bitmaps=["b0"])
+        qmp.refused(client, ["b0", "disk", "busy"],
+                    "block-dirty-bitmap-merge", node="disk", target="b0",
+                    bitmaps=["b1"])
+        view.shutdown()
+        client.when_free("block-dirty-bitmap-clear", node="disk", name="b0")
+        qmp.refused(client, ["b0", "disk", "exists"],
+                    "block-dirty-bitmap-add", node="disk", name="b0")
+        qmp.refused(client, ["bx", "disk"], "block-dirty-bitmap-clear",
+                    node="disk", name="bx")
+        qmp.refused(client, ["4294967296"], "block-dirty-bitmap-add",
+                    node="disk", name="bx", granularity=1 << 32)
+        client("block-dirty-bitmap-move", node="disk", name="b1",
+               target_node="disk", target_name="moved")
+        qf.equal("names", list(client.bitmaps()), ["moved", "b0"])
+        client("block-dirty-bitmap-merge", node="disk", target="b0",
+               bitmaps=[])
+        client.close()
+
+
+def answers(client):
+    """The connection still works, at least behind a new line."""
+    client.send(b"\n")
+    client.send(b'{"execute":"query-version","id":"alive"}\n')
+    while True:
+        reply = client.receive()
+        if reply.get("id") == "alive":
+            return "return" in reply
+        qf.check("error" in reply, f"not an error: {reply}")
+
+
+def test_framing(tmp):
+    with Served(tmp) as (_, path):
+        client = qmp.Client(path)
+        query = b'{ "execute": "query-version",\n "id": "}{\\"" }'
+        client.send(query * 3)
+        for _ in range(3):
+            client.reply('}{"')
+        for i in range(len(query)):
+            client.send(query[i:i + 1])
+        client.reply('}{"')
+        for ident in (None, 0, -1.5, "x", [1, [2]], {"a": {"b": None}}, True):
+            client.send(json.dumps({"execute": "query-version",
+                                    "id": ident}).encode())
+            client.reply(ident)
+        client.close()
+
+
+NONSENSE = (
+    b"nonsense", b"}", b"]", b"[]", b"[1]", b"{}", b'"text"', b"5", b"null",
+    b'{"execute"}', b'{"execute":}', b'{"execute":5}', b'{"execute":null}',
+    b'{"exec":"query-version"}', b'{"execute":"query-version","x":1}',
+    b'{"execute":"query-version","arguments":[]}',
+    b'{"execute":"query-version","arguments":5}',
+    b'{"execute":"query-version"]', b'[{"execute":"query-version"}]',
+    b'{"execute":"query-version","arguments":{"a":99999999999999999999999}}',
+    b'{"execute":"x\0y"}', b'{"execute":"\xff\xfe"}', b"\0", b"\xff",
+    b'{"execute":"\\ud800"}', b"{" * 10000, b"[" * 100000, b'{"a":' * 5000,
+    b'{"execute":"a","execute":"b"}', b'{"execute":"' + b"x" * 100000 + b'"}',
+    b'{"id":' + b"1" * 5000 + b'}', b"/* comment */", b"'single'",
+)
+
+
+def test_nonsense(tmp):
+    with Served(tmp) as (_, path):
+        client = qmp.Client(path)
+        for text in NONSENSE:
+            client.send(text)
+            qf.check(answers(client), f"no answer after {text[:40]}")
+        client.close()
+
+
+def memory_of(server):
+    """Of the nbdkit process itself, in bytes: now and at most."""
+    with open(os.path.join(server.dir, "pid")) as file:
+        pid = file.read().strip()
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmHWM"].split()[0]) << 10, pid
+
+
+def test_floods(tmp):
+    """Long messages, clients that do not read, stall or vanish."""
+    with Served(tmp) as (server, path):
+        before, pid = memory_of(server)
+        other = qmp.Client(path)
+        client = qmp.Client(path)
+        for _ in range(100):
+            client.send(b"x" * MiB)
+        qf.check(answers(client), "no answer after 100 MiB")
+        client.send(b'{"execute":"' + b"x" * (20 * MiB))
+        qf.check(answers(client), "no answer after a long message")
+        client.close()
+
+        flood = socket.socket(socket.AF_UNIX)
+        flood.connect(path)
+        flood.setblocking(False)
+        sent = 0
+        commands = b'{"execute":"qmp_capabilities"}' \
+            + b'{"execute":"query-named-block-nodes"}' * 10000
+        limit = time.monotonic() + 3
+        while time.monotonic() < limit:
+            try:
+                sent += flood.send(commands)
+            except BlockingIOError:
+                time.sleep(0.01)
+                other("query-version")
+        stalled = socket.socket(socket.AF_UNIX)
+        stalled.connect(path)
+        stalled.send(b'{"execute": "query-ver')
+        began = time.monotonic()
+        other("query-version")
+        qf.check(time.monotonic() - began < 10, "others have to wait")
+        flood.close()
+        stalled.close()
+        other.close()
+        after, _ = memory_of(server)
+        if os.environ.get("SANITIZER", "none") == "none":
+            qf.check(after - before < 64 * MiB,
+                     f"{(after - before) >> 20} MiB more after {sent} bytes")
+
+
+def test_many_clients(tmp):
+    with Served(tmp) as (server, path):
+        _, pid = memory_of(server)
+        before = len(os.listdir(f"/proc/{pid}/fd"))
+        for _ in range(50):
+            clients = [qmp.Client(path) for _ in range(8)]
+            for client in clients:
+                client("query-named-block-nodes")
+            for client in clients:
+                client.close()
+        limit = time.monotonic() + 10
+        while len(os.listdir(f"/proc/{pid}/fd")) > before:
+            qf.check(time.monotonic() < limit, "connections are not closed")
+            time.sleep(0.01)
+
+
+def start_fails(*args):
+    done = qf.run([qf.nbdkit(), "-U", "-", *args, "--run", "true"], ok=None)
+    qf.check(done.returncode != 0, f"{args} were accepted")
+    return done.stderr
+
+
+def test_socket(tmp):
+    path = os.path.join(tmp, "qmp")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(path)
+    stale.close()
+    with Served(tmp):
+        mode = os.stat(path).st_mode
+        qf.check(stat.S_ISSOCK(mode), "it is no socket")
+        qf.equal("mode", stat.S_IMODE(mode), 0o600)
+        message = start_fails(*MEMORY, "qmp=" + path)
+        qf.check(path in message and "another" in message, message)
+    qf.check(not os.path.exists(path), "the socket was left behind")
+    with open(path, "w"):
+        pass
+    message = start_fails(*MEMORY, "qmp=" + path)
+    qf.check(path in message and "not a socket" in message, message)
+    os.unlink(path)
+    for wrong in ("", "x" * 200, os.path.join(tmp, "missing", "qmp")):
+        qf.check("qmp" in start_fails(*MEMORY, "qmp=" + wrong), wrong)
+    image = os.path.join(tmp, "chain.qcow2")
+    qf.qemu_img("create", "-q", "-f", "qcow2", image, "1M")
+    with Served(tmp, "--filter=dirty-tracking", "--filter=qcow2", "file",
+                image):
+        client = qmp.Client(path)
+        qf.equal("drv", client("query-named-block-nodes")[0]["drv"], "qcow2")
+        client.close()
+
+
+def test(tmp):
+    qf.need("qemu-img")
+    qf.parts(tmp, test_negotiation, test_nodes, test_image,
+             test_same_as_qemu, test_messages, test_framing, test_nonsense,
+             test_floods, test_many_clients, test_socket)
+
+
+qf.main(test)
