@@ -86,6 +86,9 @@ open_data_file (struct node *node, nbdkit_backend *backend, GError **error)
   if (!(header->incompatible & QCOW2_INCOMPAT_DATA_FILE) ||
       !can_open_now (&config.data_file, backend))
     return 0;
+  if (!*name && config.data_file.kind == POLICY_DIR)
+    return qcow2_fail (error, EINVAL, "the image does not name its external "
+                       "data file; use qcow2-data-file=file:PATH");
   node->data = reference_open (&config.data_file, "external data file", name,
                                node->path, backend, &path, &format, error);
   return node->data ? 0 : -1;
