@@ -8,11 +8,13 @@ common_sources = \
 	control/args.c \
 	control/bitmap-commands.c \
 	control/control.c \
+	control/json.c \
 	control/node-commands.c \
 	control/qmp.c \
 	control/server.c \
 	dirty/bits.c \
 	dirty/gate.c \
+	dirty/intent.c \
 	dirty/node.c \
 	dirty/transaction.c \
 	qcow2/allocator.c \
@@ -44,10 +46,12 @@ common_headers = \
 	control/args.h \
 	control/commands.h \
 	control/control.h \
+	control/json.h \
 	control/qmp.h \
 	control/server.h \
 	dirty/bits.h \
 	dirty/gate.h \
+	dirty/intent.h \
 	dirty/node.h \
 	dirty/transaction.h \
 	qcow2/allocator.h \

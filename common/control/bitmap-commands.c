@@ -350,27 +350,40 @@ transaction (JsonObject *args, gpointer opaque, GError **error)
   return NULL;
 }
 
+/* A copy of the set of the bitmap that arguments name, or NULL. */
+static struct dirty_bits *
+copy_target (JsonObject *args, GError **error)
+{
+  struct dirty_node *node;
+  struct dirty_bitmap *bitmap = NULL;
+  struct dirty_bits *bits = NULL;
+  const char *name;
+
+  dirty_lock ();
+  if (get_only_target (args, &node, &name, error) == 0)
+    bitmap = dirty_bitmap_find (node, name, error);
+  if (bitmap)
+    bits = dirty_bits_copy (bitmap->bits);
+  dirty_unlock ();
+  return bits;
+}
+
 static JsonNode *
 sha256 (JsonObject *args, gpointer opaque, GError **error)
 {
-  struct dirty_node *node;
-  struct dirty_bitmap *bitmap;
-  const char *name;
-  JsonNode *result = NULL;
+  struct dirty_bits *bits = copy_target (args, error);
+  g_autofree char *sum = NULL;
+  JsonObject *object;
+  JsonNode *result;
 
-  dirty_lock ();
-  if (get_only_target (args, &node, &name, error) == 0) {
-    bitmap = dirty_bitmap_find (node, name, error);
-    if (bitmap) {
-      g_autofree char *sum = dirty_bits_sha256 (bitmap->bits);
-      JsonObject *object = json_object_new ();
-
-      json_object_set_string_member (object, "sha256", sum);
-      result = json_node_new (JSON_NODE_OBJECT);
-      json_node_take_object (result, object);
-    }
-  }
-  dirty_unlock ();
+  if (!bits)
+    return NULL;
+  sum = dirty_bits_sha256 (bits); /* which may take long */
+  dirty_bits_free (bits);
+  object = json_object_new ();
+  json_object_set_string_member (object, "sha256", sum);
+  result = json_node_new (JSON_NODE_OBJECT);
+  json_node_take_object (result, object);
   return result;
 }
 

@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "control/args.h"
+#include "control/json.h"
 #include "control/qmp.h"
 
 /* The state of the cutting. */
@@ -265,16 +266,11 @@ answer_request (struct control_session *session, JsonObject *request,
 static void
 answer (struct control_session *session, GString *output)
 {
-  const GString *message = session->message;
-  g_autoptr (JsonParser) parser = json_parser_new ();
-  JsonNode *root = NULL;
+  g_autoptr (GError) error = NULL;
+  g_autoptr (JsonNode) root = control_json_parse (session->message, &error);
 
-  if (g_utf8_validate (message->str, message->len, NULL) &&
-      json_parser_load_from_data (parser, message->str, message->len, NULL))
-    root = json_parser_get_root (parser);
   if (!root)
-    send_error (output, "GenericError", "JSON parse error: this is not valid "
-                "JSON", NULL);
+    send_error (output, "GenericError", error->message, NULL);
   else if (!JSON_NODE_HOLDS_OBJECT (root))
     send_error (output, "GenericError", "A request must be a JSON object",
                 NULL);
