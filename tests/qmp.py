@@ -13,6 +13,32 @@ SECONDS = 60
 CLASSES = {"GenericError", "CommandNotFound", "DeviceNotFound"}
 
 
+def unique(pairs):
+    """The object with these members."""
+    names = [name for name, _ in pairs]
+    qf.equal("members of an object", sorted(names), sorted(set(names)))
+    return dict(pairs)
+
+
+def not_json(constant):
+    raise qf.Fail(f"{constant} is no JSON")
+
+
+def check_greeting(greeting):
+    """As the specification has it: a version, names of capabilities."""
+    qf.equal("greeting", list(greeting), ["QMP"])
+    hello = greeting["QMP"]
+    qf.equal("greeting", sorted(hello), ["capabilities", "version"])
+    qf.check(all(type(name) is str for name in hello["capabilities"]),
+             f"capabilities {hello['capabilities']}")
+    version = hello["version"]
+    qf.equal("version", sorted(version), ["package", "qemu"])
+    qf.check(type(version["package"]) is str, "the package is no string")
+    qf.equal("version", sorted(version["qemu"]), ["major", "micro", "minor"])
+    qf.check(all(type(n) is int for n in version["qemu"].values()),
+             f"version {version['qemu']}")
+
+
 class Error(qf.Fail):
     """The server has refused a command."""
 
@@ -31,10 +57,7 @@ class Client:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(SECONDS)
         self.connect(path)
-        greeting = self.receive()
-        qf.equal("greeting", list(greeting), ["QMP"])
-        qf.equal("greeting", sorted(greeting["QMP"]),
-                 ["capabilities", "version"])
+        check_greeting(self.receive())
         if negotiate:
             self("qmp_capabilities")
 
@@ -57,7 +80,9 @@ class Client:
             qf.check(data, "the server has closed the connection")
             self.pending += data
         line, self.pending = self.pending.split(b"\n", 1)
-        return json.loads(line.decode())
+        qf.check(line.endswith(b"\r"), f"a line ends without CR: {line}")
+        return json.loads(line.decode(), object_pairs_hook=unique,
+                          parse_constant=not_json)
 
     def reply(self, ident):
         """The value of the reply to the command with this id."""
@@ -73,14 +98,18 @@ class Client:
                  "an error without description")
         raise Error(error)
 
-    def request(self, command, arguments):
+    def ask(self, command, arguments):
+        """Send a command; the id by which reply knows it."""
         self.number += 1
         ident = [self.number, {"of": command}]
         request = {"execute": command, "id": ident}
         if arguments:
             request["arguments"] = arguments
         self.send(json.dumps(request).encode() + b"\n")
-        return self.reply(ident)
+        return ident
+
+    def request(self, command, arguments):
+        return self.reply(self.ask(command, arguments))
 
     def __call__(self, command, **arguments):
         return self.request(command, {
