@@ -4,15 +4,30 @@
 """The QMP server: the protocol, the commands beside QEMU's answers, and
 input of all sorts that makes no sense."""
 
+import contextlib
 import json
 import os
+import random
+import resource
+import signal
 import socket
 import stat
+import subprocess
+import threading
 import time
 
+import images
 import qf
 import qmp
-from qf import KiB, MiB
+from qf import GiB, KiB, MiB
+
+SLOW = os.environ.get("SANITIZER", "none") != "none"
+
+# How long others may have to wait, whatever one client does, and how much
+# memory it may cost.
+PATIENCE = 20 if SLOW else 2
+MEMORY_LIMIT = 64 * MiB
+MAX_CLIENTS = 16
 
 MEMORY = ("--filter=dirty-tracking", "memory", "10M", "dirty-bitmap=b0",
           "dirty-bitmap=b1,granularity=512,disabled=on")
@@ -37,11 +52,14 @@ class Served:
         self.context = qf.serve(tmp, *(args or MEMORY), "qmp=" + self.path)
 
     def __enter__(self):
-        server = self.context.__enter__()
-        return server, self.path
+        self.server = self.context.__enter__()
+        return self.server, self.path
 
     def __exit__(self, *args):
-        return self.context.__exit__(*args)
+        log = self.server.log()
+        result = self.context.__exit__(*args)
+        qf.check("CRITICAL" not in log and "WARNING" not in log, log)
+        return result
 
 
 def check_members(what, value, members, optional=()):
@@ -65,10 +83,12 @@ def check_node(node):
 def test_negotiation(tmp):
     with Served(tmp) as (_, path):
         client = qmp.Client(path, negotiate=False)
-        for command in ("query-version", "nonsense"):
-            qf.equal(command, qmp.refused(client, ["qmp_capabilities"],
-                                          command).cls, "CommandNotFound")
+        for command, arguments in [("nonsense", {}), *every_command()]:
+            qf.equal(command, qmp.refused(
+                client, ["qmp_capabilities"], command, **arguments).cls,
+                "CommandNotFound")
         qmp.refused(client, ["enable"], "qmp_capabilities", enable=["oob"])
+        qmp.refused(client, ["enable"], "qmp_capabilities", enable="oob")
         qmp.refused(client, ["x"], "qmp_capabilities", x=1)
         client("qmp_capabilities", enable=[])
         qf.equal("again", qmp.refused(client, [], "qmp_capabilities").cls,
@@ -77,11 +97,67 @@ def test_negotiation(tmp):
         check_members("version", version, {"qemu": dict, "package": str})
         check_members("qemu", version["qemu"],
                       {"major": int, "minor": int, "micro": int})
-        names = [c["name"] for c in client("query-commands")]
-        for name in ("block-dirty-bitmap-add", "transaction",
-                     "query-named-block-nodes", "query-version"):
-            qf.check(name in names, f"{name} is not in {names}")
+        qf.equal("bitmaps", list(client.bitmaps()), ["b1", "b0"])
         client.close()
+
+
+def every_command():
+    """With right arguments, in an order in which all of them succeed."""
+    new = {"node": "disk", "name": "new"}
+    yield "block-dirty-bitmap-add", {**new, "granularity": 4096,
+                                     "persistent": False, "disabled": True}
+    for kind in ("enable", "disable", "clear"):
+        yield "block-dirty-bitmap-" + kind, new
+    yield "block-dirty-bitmap-merge", {
+        "node": "disk", "target": "new",
+        "bitmaps": ["b0", {"node": "disk", "name": "b1"}]}
+    yield "x-debug-block-dirty-bitmap-sha256", new
+    yield "block-dirty-bitmap-move", {
+        **new, "target-node": "disk", "target-name": "moved"}
+    yield "transaction", {
+        "actions": [{"type": "block-dirty-bitmap-clear",
+                     "data": {"node": "disk", "name": "moved"}}],
+        "properties": {"completion-mode": "individual"}}
+    yield "block-dirty-bitmap-remove", {"node": "disk", "name": "moved"}
+    yield "query-named-block-nodes", {"flat": True}
+    yield "query-named-block-nodes", {}
+    yield "query-commands", {}
+    yield "query-version", {}
+
+
+def test_every_command(tmp):
+    """What query-commands lists; no other arguments, none missing."""
+    with Served(tmp) as (_, path):
+        client = qmp.Client(path)
+        commands = list(every_command())
+        listed = client("query-commands")
+        for entry in listed:
+            check_members("a command", entry, {"name": str})
+        qf.equal("commands", sorted(entry["name"] for entry in listed),
+                 sorted({name for name, _ in commands}
+                        | {"qmp_capabilities"}))
+        for command, arguments in commands:
+            refuse_variants(client, command, arguments)
+            result = client.request(command, arguments)
+            if command.startswith("block-dirty") or command == "transaction":
+                qf.equal(f"result of {command}", result, {})
+        qf.equal("bitmaps", list(client.bitmaps()), ["b1", "b0"])
+        client.close()
+
+
+def refuse_variants(client, command, arguments):
+    """The command with something wrong in its arguments."""
+    optional = {"granularity", "persistent", "disabled", "properties", "flat",
+                "target-name"}
+    qmp.refused(client, ["bogus"], command, **arguments, bogus=1)
+    for name, value in arguments.items():
+        for wrong in (None, 5, "x", True, [5], {"x": 5}):
+            if type(wrong) is not type(value):
+                qmp.refused(client, [name], command,
+                            **{**arguments, name: wrong})
+        if name not in optional:
+            rest = {n: v for n, v in arguments.items() if n != name}
+            qmp.refused(client, [name], command, **rest)
 
 
 def test_nodes(tmp):
@@ -96,6 +172,36 @@ def test_nodes(tmp):
         handle.shutdown()
         qf.equal("count", client.bitmaps()["b0"]["count"], 64 * KiB)
         client.close()
+
+
+def test_counts(tmp):
+    """The last granule counts as a whole; the newest bitmap is first."""
+    size = 10 * MiB + 1
+    with Served(tmp, "--filter=dirty-tracking", "memory", str(size)) \
+         as (server, path):
+        client = qmp.Client(path)
+        for bits in range(9, 32):
+            client("block-dirty-bitmap-add", node="disk", name=f"b{bits}",
+                   granularity=1 << bits)
+        handle = server.connect()
+        handle.pwrite(b"x", size - 1)
+        check_counts(client, lambda granularity: granularity)
+        handle.zero(size, 0)
+        check_counts(client, lambda granularity:
+                     -(-size // granularity) * granularity)
+        handle.shutdown()
+        client.close()
+
+
+def check_counts(client, expected):
+    check_node(client("query-named-block-nodes")[0])
+    bitmaps = client.bitmaps()
+    qf.equal("order", list(bitmaps), [f"b{i}" for i in range(31, 8, -1)])
+    for name, bitmap in bitmaps.items():
+        qf.equal(f"{name}", bitmap, {
+            "name": name, "granularity": 1 << int(name[1:]),
+            "count": expected(bitmap["granularity"]), "recording": True,
+            "busy": False, "persistent": False})
 
 
 def test_image(tmp):
@@ -118,7 +224,54 @@ def test_image(tmp):
             names = [c["name"] for c in client("query-commands")]
             qf.check("transaction" not in names,
                      "bitmaps could be added that nobody marks")
+            compare_with_qemu(tmp, node, path)
             client.close()
+
+
+def compare_with_qemu(tmp, node, path):
+    """What QEMU says of a node that it has opened."""
+    if not qf.tool("qemu-storage-daemon"):
+        return
+    with storage_daemon(tmp, "--blockdev", json.dumps({
+            "driver": "qcow2", "node-name": "disk", "read-only": True,
+            "file": {"driver": "file", "filename": path}})) as qemu:
+        expected = [n for n in qemu("query-named-block-nodes")
+                    if n["node-name"] == "disk"][0]
+    # QEMU counts blocks of the file, and leaves out encrypted=false.
+    for image in (node["image"], expected["image"]):
+        del image["actual-size"]
+        image.setdefault("encrypted", False)
+    qf.equal("a node", node, expected)
+
+
+@contextlib.contextmanager
+def storage_daemon(tmp, *args):
+    """A qemu-storage-daemon; yields its client."""
+    path = os.path.join(tmp, "plain.qmp")
+    process = subprocess.Popen([
+        qf.tool("qemu-storage-daemon"), *args, "--chardev",
+        f"socket,id=qmp,path={path},server=on,wait=off",
+        "--monitor", "chardev=qmp"], stdin=subprocess.DEVNULL)
+    try:
+        client = qmp.Client(path)
+        yield client
+        client.close()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_encrypted_image(tmp):
+    path = os.path.join(tmp, "encrypted.qcow2")
+    images.create_encrypted(path, "luks", "opensesame", MiB)
+    with Served(tmp, "-r", "--filter=qcow2", "file", path,
+                "qcow2-passphrase=opensesame") as (_, socket):
+        client = qmp.Client(socket)
+        node = client("query-named-block-nodes")[0]
+        check_node(node)
+        qf.equal("encrypted", [node["encrypted"],
+                               node["image"]["encrypted"]], [True, True])
+        client.close()
 
 
 def bitmap_commands():
@@ -397,7 +550,8 @@ def test_socket(tmp):
 
 def test(tmp):
     qf.need("qemu-img")
-    qf.parts(tmp, test_negotiation, test_nodes, test_image,
+    qf.parts(tmp, test_negotiation, test_every_command, test_nodes,
+             test_counts, test_image, test_encrypted_image,
              test_same_as_qemu, test_messages, test_framing, test_nonsense,
              test_floods, test_many_clients, test_socket)
 
