@@ -26,6 +26,7 @@ common_sources = \
 	qcow2/check-refcounts.c \
 	qcow2/cipher.c \
 	qcow2/codec.c \
+	qcow2/create.c \
 	qcow2/crypt.c \
 	qcow2/error.c \
 	qcow2/header.c \
@@ -38,6 +39,7 @@ common_sources = \
 	qcow2/snapshot.c \
 	qcow2/tally.c \
 	qcow2/twofish.c \
+	utils/displayable.c \
 	utils/export-name.c \
 	utils/suite.c \
 	$(NULL)
@@ -62,6 +64,7 @@ common_headers = \
 	qcow2/check-internal.h \
 	qcow2/cipher.h \
 	qcow2/codec.h \
+	qcow2/create.h \
 	qcow2/crypt.h \
 	qcow2/error.h \
 	qcow2/format.h \
@@ -75,6 +78,7 @@ common_headers = \
 	qcow2/snapshot.h \
 	qcow2/tally.h \
 	qcow2/twofish.h \
+	utils/displayable.h \
 	utils/export-name.h \
 	utils/suite.h \
 	$(NULL)

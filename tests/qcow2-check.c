@@ -15,49 +15,13 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "qcow2/check.h"
-#include "qcow2/error.h"
-
-struct file {
-  struct qcow2_io io;
-  int fd;
-  uint64_t size;
-};
-
-static int
-file_pread (const struct qcow2_io *io, void *buf, size_t count,
-            uint64_t offset, GError **error)
-{
-  const struct file *file = (const struct file *) io;
-  char *p = buf;
-
-  while (count > 0) {
-    const ssize_t n = pread (file->fd, p, count, offset);
-
-    if (n <= 0)
-      return qcow2_fail (error, EIO, "pread: %s",
-                         n == 0 ? "end of file" : strerror (errno));
-    p += n;
-    offset += n;
-    count -= n;
-  }
-  return 0;
-}
-
-static uint64_t
-file_get_size (const struct qcow2_io *io)
-{
-  return ((const struct file *) io)->size;
-}
+#include "file-io.h"
 
 static void
 report (void *opaque, const char *message)
@@ -103,25 +67,20 @@ int
 main (int argc, char *argv[])
 {
   g_autoptr (GError) error = NULL;
-  struct file file = {
-    .io = { .pread = file_pread, .get_size = file_get_size },
-  };
-  struct stat st;
+  struct file file;
 
   if (argc != 2) {
     fprintf (stderr, "usage: %s IMAGE\n", argv[0]);
     return EXIT_FAILURE;
   }
-  file.fd = open (argv[1], O_RDONLY | O_CLOEXEC);
-  if (file.fd == -1 || fstat (file.fd, &st) == -1) {
+  if (file_open (&file, argv[1], O_RDONLY) == -1) {
     perror (argv[1]);
     return EXIT_FAILURE;
   }
-  file.size = st.st_size;
   if (check (&file.io, &error) == -1) {
     fprintf (stderr, "%s: %s\n", argv[1], error->message);
     return EXIT_FAILURE;
   }
-  close (file.fd);
+  file_close (&file);
   return EXIT_SUCCESS;
 }

@@ -498,14 +498,49 @@ range_end (const struct dirty_bits *bits, uint64_t offset, uint64_t count)
   return offset < bits->size ? offset + MIN (count, bits->size - offset) : 0;
 }
 
+
+/* The slot whose leaf has a bit, or the FULL or NULL one above it. */
+static void *
+find_leaf (struct dirty_bits *bits, uint64_t bit)
+{
+  void *p = atomic_load (&bits->root);
+
+  for (unsigned level = bits->levels; level > 0 && is_node (p); --level) {
+    const uint64_t i = bit >> span_shift (level - 1);
+
+    p = atomic_load (&((struct inner *) p)->slots[i % FANOUT]);
+  }
+  return p;
+}
+
+/* Most writes are small, and go where others went before: is all of the
+ * range, which lies in one word, dirty already?
+ */
+static bool
+is_dirty_word (struct dirty_bits *bits, uint64_t begin, uint64_t end)
+{
+  const uint64_t base = begin / LEAF_BITS * LEAF_BITS;
+  const unsigned w = (begin - base) / WORD_BITS;
+  const uint64_t mask = word_mask (base, w, begin, end);
+  const void *p = find_leaf (bits, begin);
+
+  return p == FULL ||
+    (p && (atomic_load (&((const struct leaf *) p)->words[w]) & mask) == mask);
+}
+
 void
 dirty_bits_set (struct dirty_bits *bits, uint64_t offset, uint64_t count)
 {
-  const uint64_t end = range_end (bits, offset, count);
+  const uint64_t bytes_end = range_end (bits, offset, count);
+  uint64_t begin, end;
 
-  if (end > offset)
-    set_slot (&bits->root, 0, bits->levels, offset >> bits->granularity_bits,
-              ((end - 1) >> bits->granularity_bits) + 1, bits->length);
+  if (bytes_end <= offset)
+    return;
+  begin = offset >> bits->granularity_bits;
+  end = ((bytes_end - 1) >> bits->granularity_bits) + 1;
+  if (begin / WORD_BITS != (end - 1) / WORD_BITS ||
+      !is_dirty_word (bits, begin, end))
+    set_slot (&bits->root, 0, bits->levels, begin, end, bits->length);
 }
 
 void
@@ -621,20 +656,6 @@ void
 dirty_bits_compact (struct dirty_bits *bits)
 {
   compact_slot (&bits->root, 0, bits->levels, bits->length);
-}
-
-/* The slot whose leaf has a bit, or the FULL or NULL one above it. */
-static void *
-find_leaf (struct dirty_bits *bits, uint64_t bit)
-{
-  void *p = atomic_load (&bits->root);
-
-  for (unsigned level = bits->levels; level > 0 && is_node (p); --level) {
-    const uint64_t i = bit >> span_shift (level - 1);
-
-    p = atomic_load (&((struct inner *) p)->slots[i % FANOUT]);
-  }
-  return p;
 }
 
 static void

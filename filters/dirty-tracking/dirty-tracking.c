@@ -20,6 +20,7 @@
 
 #include "control/commands.h"
 #include "control/control.h"
+#include "utils/displayable.h"
 #include "utils/export-name.h"
 #include "utils/suite.h"
 
@@ -30,10 +31,13 @@ struct config config;
 /* Times that the filter stands in the chain. */
 static unsigned loaded;
 
+/* Names in messages may be a client's. */
 static int
 report (const GError *error)
 {
-  nbdkit_error ("%s", error->message);
+  g_autofree char *message = qf_displayable (error->message, 4096);
+
+  nbdkit_error ("%s", message);
   return -1;
 }
 
@@ -275,7 +279,7 @@ parse_export (struct handle *h, const char *exportname)
     return 0;
   }
   if (strcmp (kind, "dirty") == 0) {
-    h->description = g_strdup_printf ("what is dirty in bitmap %s", h->view);
+    h->description = view_describe (h->view);
     return 0;
   }
   /* If there were a cbw filter it would not have come here.  Where exports
@@ -355,8 +359,7 @@ dirty_tracking_prepare (nbdkit_next *next, void *handle, int readonly)
   if (is_snapshot (h)) {
     if (!h->view)
       return 0;
-    nbdkit_error ("\"%s\" is a snapshot of the image, which has no bitmaps",
-                  h->base);
+    nbdkit_error ("snapshots of the image have no bitmaps");
     return -1;
   }
   if (open_node (node, next, access_of (h, next)) == -1)

@@ -58,6 +58,9 @@ extern int view_extents (const struct handle *h, nbdkit_next *next,
                          uint32_t count, uint64_t offset, uint32_t flags,
                          struct nbdkit_extents *extents, int *err);
 
+/* What the export of a bitmap is said to be. */
+extern char *view_describe (const char *name);
+
 /* Add to exports what is in below, and the views of their bitmaps. */
 extern int view_list (const struct nbdkit_exports *below,
                       struct nbdkit_exports *exports);

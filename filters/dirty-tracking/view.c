@@ -24,6 +24,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "utils/displayable.h"
 #include "utils/export-name.h"
 
 #include "dirty-tracking.h"
@@ -153,6 +154,14 @@ bitmap_names (const char *base)
   return names;
 }
 
+char *
+view_describe (const char *name)
+{
+  g_autofree char *shown = qf_displayable (name, 512);
+
+  return g_strdup_printf ("what is dirty in bitmap %s", shown);
+}
+
 static int
 list_views (const char *base, struct nbdkit_exports *exports)
 {
@@ -162,8 +171,7 @@ list_views (const char *base, struct nbdkit_exports *exports)
          nbdkit_exports_count (exports) < QF_MAX_EXPORTS; ++i) {
     const char *name = g_ptr_array_index (names, i);
     g_autofree char *export = qf_export_name_join (base, "dirty", name);
-    g_autofree char *description =
-      g_strdup_printf ("what is dirty in bitmap %s", name);
+    g_autofree char *description = view_describe (name);
 
     if (export && nbdkit_add_export (exports, export, description) == -1)
       return -1;

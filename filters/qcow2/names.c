@@ -17,6 +17,8 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "utils/displayable.h"
+
 #include "qcow2-filter.h"
 
 /* The protocol's limit for strings, and nbdkit's for lists. */
@@ -49,29 +51,12 @@ leads_to (const char *base, const char *name, const GPtrArray *snapshots,
     qcow2_snapshots_find (snapshots, name) == snapshot;
 }
 
-/* A string from an image, fit to be shown on a terminal: at most max
- * characters, none of which controls anything.
- */
-static char *
-displayable (const char *s, glong max)
-{
-  g_autofree char *valid = g_utf8_make_valid (s, -1);
-  GString *result = g_string_new (NULL);
-
-  for (const char *p = valid; *p && max > 0; p = g_utf8_next_char (p), --max) {
-    const gunichar c = g_utf8_get_char (p);
-
-    g_string_append_unichar (result, g_unichar_isprint (c) ? c : 0xfffd);
-  }
-  return g_string_free (result, FALSE);
-}
-
 char *
 name_describe (const struct qcow2_snapshot *snapshot)
 {
   /* Far below the protocol's limit even if each character is 4 bytes. */
-  g_autofree char *name = displayable (snapshot->name, 512);
-  g_autofree char *id = displayable (snapshot->id, 64);
+  g_autofree char *name = qf_displayable (snapshot->name, 512);
+  g_autofree char *id = qf_displayable (snapshot->id, 64);
   g_autofree char *size =
     g_format_size_full (snapshot->disk_size, G_FORMAT_SIZE_IEC_UNITS);
   g_autoptr (GDateTime) date =
