@@ -53,6 +53,7 @@ static GThread *thread;
 static GList *clients;
 
 static gboolean serve_client (gint fd, GIOCondition condition, gpointer data);
+static gboolean serve_again (gpointer data);
 
 static void
 client_free (struct client *client)
@@ -66,17 +67,24 @@ client_free (struct client *client)
   g_free (client);
 }
 
+/* What the client waits for.  Takes the source. */
 static void
-watch (struct client *client, GIOCondition condition)
+watch (struct client *client, GSource *source, GSourceFunc function)
 {
   if (client->source) {
     g_source_destroy (client->source);
     g_source_unref (client->source);
   }
-  client->source = g_unix_fd_source_new (client->fd, condition);
-  g_source_set_callback (client->source, G_SOURCE_FUNC (serve_client),
-                         client, NULL);
-  g_source_attach (client->source, context);
+  client->source = source;
+  g_source_set_callback (source, function, client, NULL);
+  g_source_attach (source, context);
+}
+
+static void
+watch_socket (struct client *client, GIOCondition condition)
+{
+  watch (client, g_unix_fd_source_new (client->fd, condition),
+         G_SOURCE_FUNC (serve_client));
 }
 
 static gboolean
@@ -123,8 +131,9 @@ has_input (const struct client *client)
   return client->used < client->length;
 }
 
-/* What is next: more of the client's input, that it takes its replies, or
- * FALSE if there is nothing left to be done.
+/* What is next: the next message after the other clients had their turn,
+ * more of the client's input, that it takes its replies; or FALSE if there
+ * is nothing left to be done.
  */
 static gboolean
 wait_for_client (struct client *client)
@@ -134,11 +143,15 @@ wait_for_client (struct client *client)
 
   if (client->finished && client->output->len == 0)
     return FALSE;
-  if (client->output->len > 0 || has_input (client))
+  if (has_input (client) && !full) {
+    watch (client, g_idle_source_new (), serve_again);
+    return TRUE;
+  }
+  if (client->output->len > 0)
     condition |= G_IO_OUT;
-  if (!client->finished && !has_input (client) && !full)
+  if (!client->finished && !full)
     condition |= G_IO_IN;
-  watch (client, condition);
+  watch_socket (client, condition);
   return TRUE;
 }
 
@@ -165,6 +178,14 @@ serve_client (gint fd, GIOCondition condition, gpointer data)
 }
 
 static gboolean
+serve_again (gpointer data)
+{
+  struct client *client = data;
+
+  return serve_client (client->fd, 0, client);
+}
+
+static gboolean
 accept_client (gint fd, GIOCondition condition, gpointer data)
 {
   const int client_fd = accept4 (fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -181,7 +202,7 @@ accept_client (gint fd, GIOCondition condition, gpointer data)
   client->output = g_string_new (NULL);
   client->session = control_session_new (client->output);
   clients = g_list_prepend (clients, client);
-  watch (client, G_IO_IN | G_IO_OUT);
+  watch_socket (client, G_IO_IN | G_IO_OUT);
   return G_SOURCE_CONTINUE;
 }
 
