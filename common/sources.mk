@@ -33,6 +33,7 @@ common_sources = \
 	qcow2/header-update.c \
 	qcow2/image.c \
 	qcow2/io.c \
+	qcow2/lock.c \
 	qcow2/luks.c \
 	qcow2/mapping.c \
 	qcow2/refcount.c \
@@ -72,6 +73,7 @@ common_headers = \
 	qcow2/header-update.h \
 	qcow2/image.h \
 	qcow2/io.h \
+	qcow2/lock.h \
 	qcow2/luks.h \
 	qcow2/mapping.h \
 	qcow2/refcount.h \

@@ -14,6 +14,7 @@
  *    set NAME OFFSET COUNT         mark bytes as dirty
  *    clear NAME
  *    dump NAME                     print start and length of what is dirty
+ *    lock reader|writer|raw        lock the file until the input ends
  *
  * The qcow2 module's bitmaps, for tests that compare them with QEMU's.
  */
@@ -28,6 +29,7 @@
 
 #include "qcow2/bitmap-store.h"
 #include "qcow2/create.h"
+#include "qcow2/lock.h"
 #include "file-io.h"
 
 struct opened {
@@ -185,19 +187,38 @@ dump (struct opened *o, char **args)
   dirty_bits_free (bits);
 }
 
+static void
+lock (struct opened *o, char **args)
+{
+  const enum qcow2_lock kind =
+    strcmp (args[0], "reader") == 0 ? QCOW2_LOCK_READER :
+    strcmp (args[0], "writer") == 0 ? QCOW2_LOCK_WRITER :
+    QCOW2_LOCK_RAW_WRITER;
+  GError *error = NULL;
+  const int r = qcow2_lock_file (o->file.fd, kind, &error);
+
+  must (r, error);
+  printf ("locked\n");
+  fflush (stdout);
+  while (getchar () != EOF)
+    ;
+}
+
 static const struct command {
   const char *name;
   void (*run) (struct opened *o, char **args);
   int arguments, optional;
-  bool writes, is_new;
+  int flags;                    /* of open(2) */
+  bool is_raw;                  /* not opened as an image */
 } commands[] = {
-  { "create", create, 1, 1, true, true },
-  { "list", list, 0, 0, false, false },
-  { "add", add, 2, 0, true, false },
-  { "remove", remove_one, 1, 0, true, false },
-  { "set", set, 3, 0, true, false },
-  { "clear", clear, 1, 0, true, false },
-  { "dump", dump, 1, 0, false, false },
+  { "create", create, 1, 1, O_RDWR | O_CREAT | O_EXCL, true },
+  { "list", list, 0, 0, O_RDONLY, false },
+  { "add", add, 2, 0, O_RDWR, false },
+  { "remove", remove_one, 1, 0, O_RDWR, false },
+  { "set", set, 3, 0, O_RDWR, false },
+  { "clear", clear, 1, 0, O_RDWR, false },
+  { "dump", dump, 1, 0, O_RDONLY, false },
+  { "lock", lock, 1, 0, O_RDWR, true },
 };
 
 static const struct command *
@@ -223,12 +244,11 @@ main (int argc, char *argv[])
     fprintf (stderr, "usage: qcow2-bitmap IMAGE COMMAND [ARGUMENT...]\n");
     return 2;
   }
-  if (file_open (&o.file, argv[1], (command->writes ? O_RDWR : O_RDONLY) |
-                 (command->is_new ? O_CREAT | O_EXCL : 0)) == -1) {
+  if (file_open (&o.file, argv[1], command->flags) == -1) {
     perror (argv[1]);
     return 1;
   }
-  if (!command->is_new) {
+  if (!command->is_raw) {
     o.image = qcow2_image_open (&o.file.io, &error);
     must (0, error);
     o.store = qcow2_bitmap_store_open (o.image, &o.file.io, &error);

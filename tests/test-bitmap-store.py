@@ -8,6 +8,7 @@ import json
 import os
 import random
 import subprocess
+import tempfile
 import time
 
 import nbd
@@ -36,9 +37,29 @@ def our_runs(path, name):
             for line in ours(path, "dump", name).splitlines()]
 
 
+def new_socket(tmp):
+    return os.path.join(tempfile.mkdtemp(dir=tmp), "nbd")
+
+
+def connect(sock, process, context=None):
+    """To a server that is starting."""
+    limit = time.monotonic() + 60
+    while True:
+        handle = nbd.NBD()
+        if context:
+            handle.add_meta_context(context)
+        try:
+            handle.connect_unix(sock)
+            return handle
+        except nbd.Error:
+            qf.check(time.monotonic() < limit and process.poll() is None,
+                     "qemu-nbd does not start")
+            time.sleep(0.005)
+
+
 def qemu_runs(tmp, path, name):
     """What qemu-nbd -B says is dirty: [(start, length)]."""
-    sock = os.path.join(tmp, "nbd")
+    sock = new_socket(tmp)
     runs = []
 
     def add(_, offset, entries, __):
@@ -52,19 +73,13 @@ def qemu_runs(tmp, path, name):
     process = subprocess.Popen([qf.tool("qemu-nbd"), "-r", "-f", "qcow2",
                                 "-k", sock, "-B", name, path])
     try:
-        handle = nbd.NBD()
-        handle.add_meta_context("qemu:dirty-bitmap:" + name)
-        limit = time.monotonic() + 60
-        while not os.path.exists(sock):
-            qf.check(time.monotonic() < limit and process.poll() is None,
-                     "qemu-nbd does not start")
-            time.sleep(0.005)
-        handle.connect_unix(sock)
+        handle = connect(sock, process, "qemu:dirty-bitmap:" + name)
         size = handle.get_size()
         for at in range(0, size, 2 * GiB):
             handle.block_status(min(2 * GiB, size - at), at, add)
         handle.shutdown()
     finally:
+        process.terminate()
         process.wait()
     return runs
 
@@ -215,10 +230,79 @@ def test_create_data_file(tmp):
         qf.equal("dirty", our_runs(path, "b"), [(512 * KiB, 64 * KiB)])
 
 
+class Lock:
+    """Our lock on a file, as a context."""
+
+    def __init__(self, path, kind):
+        program = os.path.join(os.path.dirname(qf.nbdkit()), "tests",
+                               "qcow2-bitmap")
+        self.process = subprocess.Popen(
+            [program, path, "lock", kind], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        qf.equal("lock", self.process.stdout.readline(), "locked\n")
+
+    def __exit__(self, *_):
+        self.process.communicate()
+
+
+def lock_fails(path, kind):
+    """Somebody else's locks keep us out."""
+    program = os.path.join(os.path.dirname(qf.nbdkit()), "tests",
+                           "qcow2-bitmap")
+    done = qf.run([program, path, "lock", kind], ok=1)
+    qf.check("another program" in done.stderr, done.stderr)
+
+
+def qemu_can(path, form, *options):
+    """Can qemu-io open it so?"""
+    return qf.run([qf.tool("qemu-io"), "-f", form, *options, "-c", "length",
+                   path], ok=None).returncode == 0
+
+
+def test_locks(tmp):
+    """QEMU and we never open an image for writing together."""
+    path = make(tmp, "", MiB)
+    raw = os.path.join(tmp, "locked.raw")
+    with open(raw, "wb") as file:
+        file.truncate(MiB)
+    for kind, can_write, can_read in (("writer", False, False),
+                                      ("reader", False, True)):
+        with Lock(path, kind):
+            qf.equal(f"{kind}, QEMU writes", qemu_can(path, "qcow2"),
+                     can_write)
+            qf.equal(f"{kind}, QEMU reads", qemu_can(path, "qcow2", "-r"),
+                     can_read)
+            lock_fails(path, "writer")
+    with Lock(raw, "raw"):
+        qf.equal("raw, QEMU writes", qemu_can(raw, "raw"), False)
+        lock_fails(raw, "raw")
+    qf.equal("QEMU writes", qemu_can(path, "qcow2"), True)
+    with Lock(path, "reader"), Lock(path, "reader"):
+        pass
+    for options, refused, allowed in (
+            ([], ["reader", "writer"], []),
+            (["-r"], ["writer"], ["reader"])):
+        sock = new_socket(tmp)
+        process = subprocess.Popen([qf.tool("qemu-nbd"), *options, "-t", "-f",
+                                    "qcow2", "-k", sock, path])
+        try:
+            connect(sock, process).shutdown()
+            for kind in refused:
+                lock_fails(path, kind)
+            for kind in allowed:
+                with Lock(path, kind):
+                    pass
+        finally:
+            process.terminate()
+            process.wait()
+
+
 def test(tmp):
     qf.need("qemu-img", "qemu-io", "qemu-nbd")
     qf.parts(tmp, test_ours_for_qemu, test_qemu_for_us, test_all_ones,
-             test_overlay, test_create, test_create_data_file)
+             test_overlay, test_create, test_create_data_file, test_locks)
 
 
 qf.main(test)
