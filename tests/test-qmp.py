@@ -1053,6 +1053,11 @@ def test_end(tmp):
     path, pidfile = os.path.join(tmp, "qmp"), os.path.join(tmp, "pid")
     qf.run([qf.nbdkit(), "-U", os.path.join(tmp, "nbd"), "-P", pidfile,
             *MEMORY, "qmp=" + path])
+    # The parent has gone before the server writes the file.
+    limit = time.monotonic() + PATIENCE
+    while not (os.path.exists(pidfile) and os.path.getsize(pidfile)):
+        qf.check(time.monotonic() < limit, "there is no pid file")
+        time.sleep(0.01)
     with open(pidfile) as file:
         pid = int(file.read())
     idle, busy = qmp.Client(path), flood(path, FLOODS[0] * 1000, 0.2)
