@@ -272,6 +272,12 @@ check_fields (const struct qcow2_header *header, const uint8_t *buf,
     return qcow2_fail (error, ENOTSUP, "crypt_method is %" PRIu32
                        ", but only 0 (none), 1 (AES) and 2 (LUKS) are known",
                        qcow2_be32 (buf + 32));
+  if (qcow2_be32 (buf + 32) != QCOW2_CRYPT_LUKS &&
+      qcow2_header_find_extension (header, QCOW2_EXT_CRYPTO))
+    return qcow2_fail (error, EINVAL, "crypt_method is %" PRIu32
+                       ", but there is a header extension for the "
+                       "encryption, which only 2 (LUKS) has",
+                       qcow2_be32 (buf + 32));
   if (header->size > INT64_MAX)
     return qcow2_fail (error, EINVAL, "size is %" PRIu64
                        ", but must be at most %" PRId64,
