@@ -335,8 +335,8 @@ refused (const struct policy *policy, const char *what, const char *name,
                      what, shown, policy->key, policy->key);
 }
 
-/* The policy names one file for the image itself.  If from_path is set,
- * from is that file.
+/* The policy names one file, for the image itself, but a backing file
+ * wants one too.
  */
 static int
 only_first (const struct policy *policy, const char *what, const char *name,
@@ -344,9 +344,21 @@ only_first (const struct policy *policy, const char *what, const char *name,
 {
   g_autofree char *shown = g_strescape (name, NULL);
 
-  return qcow2_fail (error, EPERM, "the %s has itself the %s \"%s\", but "
-                     "%s=%s permits only one; dir: permits a chain",
-                     what, what, shown, policy->key, policy->value);
+  return qcow2_fail (error, EPERM, "the backing file has itself the %s "
+                     "\"%s\", but %s=%s permits only one; dir: permits a "
+                     "chain", what, shown, policy->key, policy->value);
+}
+
+/* The directory, from that of a policy, to which names in a file are
+ * relative.  A file that the user named (from_path is absolute, or a URI)
+ * can be anywhere; its names are looked up like those of the image itself.
+ */
+static char *
+names_directory (const char *from_path)
+{
+  return from_path && !g_path_is_absolute (from_path) &&
+    !is_nbd_uri (from_path) ?
+    g_path_get_dirname (from_path) : g_strdup (".");
 }
 
 static struct source *
@@ -356,8 +368,7 @@ open_in_dir (const struct policy *policy, const char *what, const char *name,
 {
   struct reference ref;
   struct source *source = NULL;
-  g_autofree char *dir =
-    from_path ? g_path_get_dirname (from_path) : g_strdup (".");
+  g_autofree char *dir = names_directory (from_path);
 
   if (reference_parse (name, &ref, error) == -1)
     return NULL;
