@@ -1,20 +1,23 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-qcow2-filters authors
 """External data files: contents and maps as QEMU has them, and which
 files are opened."""
 
 import os
-import struct
+from contextlib import contextmanager
 
 import chains
 import disks
+import images
 import nbd
 import qcow2edit as edit
 import qf
 from qf import KiB, MiB
 
 RAW = "data_file_raw=on,"
+DATA_FILE_NAME = 0x44415441
+READS = 200
 
 # Name: (size, options).
 IMAGES = {
@@ -56,8 +59,24 @@ def test_contents(tmp):
     def verify(name):
         layer = make(tmp, name)
         with chains.serve(layer, f"qcow2-data-file=dir:{tmp}") as server:
-            chains.verify(server, name, layer, reads=200)
+            chains.verify(server, name, layer, reads=READS)
     qf.each(IMAGES, verify)
+
+
+def has_nbd():
+    return qf.plugin_exists("plugin", "nbd") \
+        and os.environ.get("LIBNBD") != "no"
+
+
+@contextmanager
+def policies(tmp, path):
+    """All values of the parameter that lead to this file in tmp."""
+    values = [f"file:{path}", f"dir:{tmp}"]
+    if not has_nbd():
+        yield values
+        return
+    with chains.nbd_server(tmp, path) as remote:
+        yield [*values, remote.uri()]
 
 
 def test_policies(tmp):
@@ -67,64 +86,121 @@ def test_policies(tmp):
     moved = os.path.join(tmp, "moved")
     os.rename(data, moved)
     os.symlink("moved", data)          # for QEMU; and it stays in tmp
-    for policy in (f"file:{moved}", f"dir:{tmp}"):
-        with chains.serve(layer, "qcow2-data-file=" + policy) as server:
-            chains.verify(server, policy, layer)
-    if qf.plugin_exists("plugin", "nbd") and "no" != os.environ.get("LIBNBD"):
-        with chains.nbd_server(tmp, moved) as remote, \
-             chains.serve(layer, "qcow2-data-file=" + remote.uri()) as server:
-            disks.verify_disk(server, "URI", chains.oracle_of(layer))
+    with policies(tmp, moved) as values:
+        for value in values:
+            with chains.serve(layer, "qcow2-data-file=" + value) as server:
+                chains.verify(server, value, layer, reads=READS)
+
+
+def test_foreign_data(tmp):
+    """What the image does not map reads as zeroes, whatever is there; and
+    nothing is read behind the disk's end."""
+    def verify(options):
+        layer = chains.Layer(tmp, "foreign", 3 * MiB + 512,
+                             options + "data_file=foreign.raw")
+        layer.create()
+        layer.write(0, MiB)
+        layer.zero(MiB, 64 * KiB)
+        layer.zero(2 * MiB, 64 * KiB, unmap=True)
+        layer.discard(64 * KiB, 64 * KiB)
+        layer.run()
+        with open(data_file(layer), "r+b") as file:
+            file.write(images.pattern(9, 5 * MiB))
+        with chains.serve(layer, f"qcow2-data-file=dir:{tmp}") as server:
+            chains.verify(server, options, layer, reads=READS)
+    qf.each(("", RAW, "extended_l2=on,cluster_size=16k,",
+             RAW + "cluster_size=512,"), verify)
 
 
 def test_chains(tmp):
-    """A data file below an overlay, and over a base."""
+    """A data file below an overlay, and over a base, and both."""
+    def overlay(name, base, options=""):
+        return chains.Layer(tmp, name, 4 * MiB, options, base).fill()
+
     bases = {
-        "below": lambda: chains.Layer(tmp, "top1", 4 * MiB, "cluster_size=4k",
-                                      make(tmp, "c4k")).fill(),
-        "below, raw": lambda: chains.Layer(tmp, "top2", 4 * MiB, "",
-                                           make(tmp, "raw")).fill(),
+        "below": lambda: overlay("top1", make(tmp, "c4k"),
+                                 "cluster_size=4k"),
+        "below, raw": lambda: overlay("top2", make(tmp, "raw")),
         "above": lambda: make(tmp, "plain", chains.Layer(
             tmp, "base", 4 * MiB, "cluster_size=8k").fill()),
         "above raw": lambda: make(tmp, "c4k", chains.Raw(tmp, "b", MiB)),
+        "above and below": lambda: make(tmp, "c512", make(tmp, "c2m-raw")),
+        "between": lambda: overlay("top3", make(
+            tmp, "extended", chains.Raw(tmp, "b", 6 * MiB))),
     }
 
     def verify(name):
         layer = bases[name]()
         with chains.serve(layer, f"qcow2-data-file=dir:{tmp}") as server:
-            chains.verify(server, name, layer)
+            chains.verify(server, name, layer, reads=READS)
     qf.each(bases, verify)
 
 
+def test_policies_in_chains(tmp):
+    """One file or URI is for the image itself; a directory for them all,
+    also if its user has named the backing file."""
+    below = make(tmp, "raw")
+    top = chains.Layer(tmp, "top", 3 * MiB, "", below).fill()
+    with chains.serve(top, f"qcow2-backing=file:{below.path}",
+                      f"qcow2-data-file=dir:{tmp}") as server:
+        chains.verify(server, "a backing file with a name", top)
+    permit = f"qcow2-backing=dir:{tmp}"
+    chains.refused("refuse, below", top.path,
+                   ["raw.qcow2", "raw.raw", "qcow2-data-file"], permit)
+    chains.refused("one file, below", top.path,
+                   ["the backing file has", "raw.raw", "qcow2-data-file",
+                    "only one"], permit,
+                   f"qcow2-data-file=file:{data_file(below)}")
+    above = make(tmp, "plain", chains.Raw(tmp, "b", 4 * MiB))
+    with chains.serve(
+            above, f"qcow2-data-file=file:{data_file(above)}") as server:
+        chains.verify(server, "one file, above", above)
+
+
+def verify_short(server, what, layer, oracle, end):
+    """QEMU reads zeroes behind the data file's end.  So do we in the
+    cluster in which it ends; what should be further behind is missing,
+    and like QEMU's zeroes an error is right."""
+    handle = server.connect()
+    missing = 0
+    for at in range(0, layer.size, 64 * KiB):
+        count = min(64 * KiB, layer.size - at)
+        try:
+            got = handle.pread(count, at)
+        except nbd.Error as error:
+            qf.equal(f"{what}: at {at}: {error}", error.errno, "EIO")
+            qf.check(at + count - end >= layer.cluster,
+                     f"{what}: {error} at {at}")
+            missing += 1
+            continue
+        disks.compare(what, at, got, oracle.read(at, count))
+    handle.shutdown()
+    qf.equal(f"{what}: lines in the log about what is missing",
+             server.log().count("beyond the end of the file"), missing)
+
+
 def test_short(tmp):
-    """What a data file that is too short does not have: as QEMU reads it,
-    or an error that says so, but never anything else."""
-    for name in ("plain", "raw", "c512"):
+    def verify(name):
         layer = make(tmp, name)
-        os.truncate(data_file(layer), layer.size // 3 + 100)
-        oracle = chains.oracle_of(layer)
-        with chains.serve(layer, f"qcow2-data-file=dir:{tmp}") as server:
-            handle = server.connect()
-            for at in range(0, layer.size, 64 * KiB):
-                count = min(64 * KiB, layer.size - at)
-                try:
-                    got = handle.pread(count, at)
-                except nbd.Error as error:
-                    qf.check(error.errno == "EIO", f"{error}")
-                    qf.check(at + count > layer.size // 3 + 100,
-                             f"{name}: {error} at {at}")
-                    continue
-                disks.compare(name, at, got, oracle.read(at, count))
-            handle.shutdown()
+        for end in (layer.size - 1, layer.size // 3 + 100, 0):
+            os.truncate(data_file(layer), end)
+            oracle = chains.oracle_of(layer)
+            with policies(tmp, data_file(layer)) as values:
+                for value in values:
+                    what = f"{name}, {end} bytes, {value}"
+                    with chains.serve(layer,
+                                      "qcow2-data-file=" + value) as server:
+                        verify_short(server, what, layer, oracle, end)
+                        chains.verify_map(server, what, layer)
+    qf.each(("plain", "raw", "c512", "c2m"), verify)
 
 
 def set_name(path, name):
-    """Give the image another name of the same length for its data file."""
-    with open(path, "r+b") as file:
-        content = file.read(64 * KiB)
-        old = b"plain.raw"
-        qf.equal("lengths", len(name), len(old))
-        file.seek(content.index(old))
-        file.write(name)
+    """Give the image another name, or none, for its data file."""
+    found = [(kind, content) for kind, content in edit.extensions(path)
+             if kind != DATA_FILE_NAME]
+    edit.set_extensions(path, found if name is None else
+                        [(DATA_FILE_NAME, name), *found])
 
 
 def test_refused(tmp):
@@ -132,51 +208,80 @@ def test_refused(tmp):
     path = layer.path
     inside = os.path.join(tmp, "inside")
     os.mkdir(inside)
-    chains.refused("refuse", path, ["plain.raw", "qcow2-data-file"])
+    for values in ([], ["qcow2-data-file=refuse"]):
+        chains.refused("refuse", path, ["plain.raw", "qcow2-data-file"],
+                       *values)
     chains.refused("missing", path, ["missing"],
                    f"qcow2-data-file=file:{tmp}/missing")
     chains.refused("not there", path, ["plain.raw"],
                    f"qcow2-data-file=dir:{inside}")
-    chains.refused("no such value", path, ["qcow2-data-file"],
-                   "qcow2-data-file=maybe")
-    names = {"leaves": b"../secret", "is absolute": b"/dev/zero",
-             "is a link": b"sym-link1", "is a fifo": b"fifo-1234",
-             "is a directory": b"directory", "has NUL": b"pl\0in.raw"}
+    chains.refused("no such directory", path, [tmp + "/none"],
+                   f"qcow2-data-file=dir:{tmp}/none")
+    for value in ("maybe", "none", "export", ""):
+        chains.refused(f"the value {value!r}", path, ["qcow2-data-file"],
+                       "qcow2-data-file=" + value)
+    if has_nbd():
+        # Not at start, when nobody may wait for a server.
+        with chains.serve(layer, "qcow2-data-file=nbd+unix:///?socket="
+                          + tmp + "/none") as server:
+            chains.connection_refused(server, "no such server",
+                                      ["nbd+unix", tmp + "/none"])
+
     secret = os.path.join(tmp, "secret")
-    chains.write_file(secret, b"s" * 4 * MiB)
-    os.symlink(secret, os.path.join(inside, "sym-link1"))
-    os.mkfifo(os.path.join(inside, "fifo-1234"))
+    chains.write_file(secret, b"secret" * MiB)
+    os.symlink(secret, os.path.join(inside, "link"))
+    os.symlink("../secret", os.path.join(inside, "relative-link"))
+    os.symlink(tmp, os.path.join(inside, "link-to-dir"))
+    os.symlink("loop", os.path.join(inside, "loop"))
+    os.mkfifo(os.path.join(inside, "fifo"))
     os.mkdir(os.path.join(inside, "directory"))
-    for what, name in names.items():
-        set_name(path, name)
-        words = [] if b"\0" in name else [name.decode()]
-        chains.refused(what, path, words, f"qcow2-data-file=dir:{inside}")
-        set_back(path, name)
+    chains.write_file(os.path.join(inside, "good"), b"good" * MiB)
+    names = ("../secret", "directory/../../secret", "link-to-dir/secret",
+             "./link", "relative-link", "loop", secret,
+             os.path.join(inside, "good"), "/dev/zero", "/proc/self/fd/0",
+             "fifo", "directory", "directory/", ".", "..", "good/",
+             "ftp://host/file", "nbd://localhost:1/x", "fat:/",
+             "json:{\"driver\": \"null-co\"}", "\x1b[31mred\n\x07",
+             "x" * 1000)
 
+    def refuse(name):
+        set_name(path, name.encode())
+        start = "" if "{" in name or "\x1b" in name else name[:100]
+        chains.refused(name, path, [start],
+                       f"qcow2-data-file=dir:{inside}", forbidden=["\x1b"])
+    qf.each(names, refuse)
+    set_name(path, b"good\0/../../secret")
+    chains.refused("NUL", path, ["data file", "NUL"],
+                   f"qcow2-data-file=dir:{inside}")
 
-def set_back(path, name):
-    with open(path, "r+b") as file:
-        content = file.read(64 * KiB)
-        file.seek(content.index(name))
-        file.write(b"plain.raw")
+    # Whatever the name, the user's own choice is opened, and nothing else.
+    set_name(path, b"plain.raw")
+    oracle = chains.oracle_of(layer)
+    for name in ("../secret", "/dev/zero", "missing"):
+        set_name(path, name.encode())
+        with chains.serve(
+                layer, f"qcow2-data-file=file:{data_file(layer)}") as server:
+            disks.verify_disk(server, name, oracle)
 
 
 def test_no_name(tmp):
     """Without the extension the parameter must tell."""
-    layer = make(tmp, "plain")
-    with open(layer.path, "r+b") as file:
-        content = file.read(64 * KiB)
-        at = content.index(struct.pack(">I", 0x44415441))
-        file.seek(at)
-        file.write(struct.pack(">I", 0x12345678))
-    chains.refused("no name", layer.path, ["data file"],
-                   f"qcow2-data-file=dir:{tmp}")
-    with chains.serve(layer, f"qcow2-data-file=file:{data_file(layer)}") \
-         as server:
-        handle = server.connect()
-        qf.equal("size", handle.get_size(), edit.get(layer.path, "size"))
-        handle.pread(MiB, 0)
-        handle.shutdown()
+    for name in ("plain", "raw"):
+        layer = make(tmp, name)
+        oracle = chains.oracle_of(layer)
+        zeroes = chains.qemu_zeroes(layer)
+        for absent in (None, b""):
+            set_name(layer.path, absent)
+            for values in ([], [f"qcow2-data-file=dir:{tmp}"]):
+                chains.refused(f"{name}: no name", layer.path,
+                               ["data file", "qcow2-data-file"], *values)
+            with policies(tmp, data_file(layer)) as values:
+                for value in values[:1] + values[2:]:
+                    with chains.serve(layer,
+                                      "qcow2-data-file=" + value) as server:
+                        disks.verify_disk(server, value, oracle, reads=READS)
+                        qf.equal(f"{name}: map", chains.our_zeroes(
+                            value, server.uri()), zeroes)
 
 
 def test(tmp):
@@ -184,8 +289,9 @@ def test(tmp):
     if os.environ.get("LIBGCRYPT") == "no":
         for name in [n for n in IMAGES if n.startswith("luks")]:
             del IMAGES[name]
-    qf.parts(tmp, test_contents, test_policies, test_chains, test_short,
-             test_refused, test_no_name)
+    qf.parts(tmp, test_contents, test_policies, test_foreign_data,
+             test_chains, test_policies_in_chains, test_short, test_refused,
+             test_no_name)
 
 
 qf.main(test)
