@@ -29,6 +29,7 @@ common_sources = \
 	qcow2/create.c \
 	qcow2/crypt.c \
 	qcow2/error.c \
+	qcow2/file.c \
 	qcow2/header.c \
 	qcow2/header-update.c \
 	qcow2/image.c \
@@ -68,6 +69,7 @@ common_headers = \
 	qcow2/create.h \
 	qcow2/crypt.h \
 	qcow2/error.h \
+	qcow2/file.h \
 	qcow2/format.h \
 	qcow2/header.h \
 	qcow2/header-update.h \

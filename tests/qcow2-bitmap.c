@@ -29,11 +29,11 @@
 
 #include "qcow2/bitmap-store.h"
 #include "qcow2/create.h"
+#include "qcow2/file.h"
 #include "qcow2/lock.h"
-#include "file-io.h"
 
 struct opened {
-  struct file file;
+  struct qcow2_file file;
   struct qcow2_image *image;
   struct qcow2_bitmap_store *store;
 };
@@ -80,17 +80,18 @@ list (struct opened *o, char **args)
 static void
 add (struct opened *o, char **args)
 {
-  g_autoptr (GPtrArray) array =
-    g_ptr_array_new_with_free_func (qcow2_bitmap_free);
-  struct qcow2_bitmap *bitmap = g_new0 (struct qcow2_bitmap, 1);
+  g_autoptr (GPtrArray) array = g_ptr_array_new ();
+  struct qcow2_bitmap_new bitmap = {
+    .name = args[0],
+    .granularity_bits = __builtin_ctzll (number (args[1])),
+    .flags = QCOW2_BITMAP_AUTO,
+  };
+  const struct qcow2_bitmap_changes changes = { .add = array };
   GError *error = NULL;
   int r;
 
-  bitmap->name = g_strdup (args[0]);
-  bitmap->granularity_bits = __builtin_ctzll (number (args[1]));
-  bitmap->flags = QCOW2_BITMAP_AUTO;
-  g_ptr_array_add (array, bitmap);
-  r = qcow2_bitmap_store_change (o->store, &o->file.io, NULL, array, &error);
+  g_ptr_array_add (array, &bitmap);
+  r = qcow2_bitmap_store_change (o->store, &o->file.io, &changes, &error);
   must (r, error);
 }
 
@@ -98,11 +99,12 @@ static void
 remove_one (struct opened *o, char **args)
 {
   g_autoptr (GPtrArray) array = g_ptr_array_new ();
+  const struct qcow2_bitmap_changes changes = { .remove = array };
   GError *error = NULL;
   int r;
 
   g_ptr_array_add (array, args[0]);
-  r = qcow2_bitmap_store_change (o->store, &o->file.io, array, NULL, &error);
+  r = qcow2_bitmap_store_change (o->store, &o->file.io, &changes, &error);
   must (r, error);
 }
 
@@ -244,10 +246,7 @@ main (int argc, char *argv[])
     fprintf (stderr, "usage: qcow2-bitmap IMAGE COMMAND [ARGUMENT...]\n");
     return 2;
   }
-  if (file_open (&o.file, argv[1], command->flags) == -1) {
-    perror (argv[1]);
-    return 1;
-  }
+  must (qcow2_file_open (&o.file, argv[1], command->flags, &error), error);
   if (!command->is_raw) {
     o.image = qcow2_image_open (&o.file.io, &error);
     must (0, error);
@@ -257,6 +256,6 @@ main (int argc, char *argv[])
   command->run (&o, argv + 3);
   qcow2_bitmap_store_close (o.store);
   qcow2_image_close (o.image);
-  file_close (&o.file);
+  qcow2_file_close (&o.file);
   return 0;
 }

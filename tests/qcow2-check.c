@@ -21,7 +21,7 @@
 #include <stdlib.h>
 
 #include "qcow2/check.h"
-#include "file-io.h"
+#include "qcow2/file.h"
 
 static void
 report (void *opaque, const char *message)
@@ -67,20 +67,17 @@ int
 main (int argc, char *argv[])
 {
   g_autoptr (GError) error = NULL;
-  struct file file;
+  struct qcow2_file file;
 
   if (argc != 2) {
     fprintf (stderr, "usage: %s IMAGE\n", argv[0]);
     return EXIT_FAILURE;
   }
-  if (file_open (&file, argv[1], O_RDONLY) == -1) {
-    perror (argv[1]);
-    return EXIT_FAILURE;
-  }
-  if (check (&file.io, &error) == -1) {
+  if (qcow2_file_open (&file, argv[1], O_RDONLY, &error) == -1 ||
+      check (&file.io, &error) == -1) {
     fprintf (stderr, "%s: %s\n", argv[1], error->message);
     return EXIT_FAILURE;
   }
-  file_close (&file);
+  qcow2_file_close (&file);
   return EXIT_SUCCESS;
 }

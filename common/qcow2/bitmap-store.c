@@ -34,6 +34,7 @@
 #define EXTENSION_LENGTH 24
 #define TABLE_SECTOR 64         /* entries of a table in 512 bytes */
 #define ENTRY_FLAGS 12          /* offset of the flags in an entry */
+#define SECTOR 512              /* content is written in multiples of it */
 
 struct qcow2_bitmap_store {
   struct qcow2_image *image;
@@ -228,10 +229,38 @@ struct save {
   struct qcow2_bitmap_store *store;
   const struct qcow2_io *io;
   struct qcow2_bitmap *bitmap;
+  struct dirty_bits *bits, *stored;
   uint8_t *buf, *old;           /* a cluster of bits */
   GArray *changed;              /* numbers of entries */
   GArray *unused;               /* offsets of clusters to be freed */
 };
+
+static bool
+differs (const struct save *s, uint32_t pos)
+{
+  return memcmp (s->buf + pos, s->old + pos, SECTOR) != 0;
+}
+
+/* Write what differs from what a cluster has. */
+static int
+write_differences (const struct save *s, uint64_t offset, GError **error)
+{
+  const uint32_t cluster_size = s->store->image->cluster_size;
+  uint32_t pos = 0;
+
+  while (pos < cluster_size) {
+    const uint32_t begin = pos;
+
+    while (pos < cluster_size && differs (s, pos))
+      pos += SECTOR;
+    if (pos == begin)
+      pos += SECTOR;
+    else if (qcow2_io_write (s->io, s->buf + begin, pos - begin,
+                             offset + begin, error) == -1)
+      return -1;
+  }
+  return 0;
+}
 
 /* Bring one cluster of bits up to date; its entry only in memory. */
 static int
@@ -251,6 +280,8 @@ save_cluster (struct save *s, uint32_t i, bool whole, GError **error)
     g_array_append_val (s->changed, i);
     return 0;
   }
+  if (offset && s->stored)
+    return write_differences (s, offset, error);
   if (!offset) {
     if (qcow2_allocate (s->store->allocator, s->io, 1, &offset, error) == -1)
       return -1;
@@ -260,18 +291,43 @@ save_cluster (struct save *s, uint32_t i, bool whole, GError **error)
   return qcow2_io_write (s->io, s->buf, cluster_size, offset, error);
 }
 
+/* The number of clusters, from the ith on, in which both sets are uniform
+ * and agree.
+ */
+static uint64_t
+count_same (const struct save *s, uint64_t i)
+{
+  const unsigned granularity_bits = s->bitmap->granularity_bits;
+  const uint64_t step = bits_per_cluster (s->store) << granularity_bits;
+  const uint64_t size = dirty_bits_size (s->bits);
+  const uint64_t offset = i * step;
+  uint64_t length, old_length;
+
+  if (!s->stored || offset >= size ||
+      dirty_bits_get (s->bits, offset, &length) !=
+      dirty_bits_get (s->stored, offset, &old_length))
+    return 0;
+  length = MIN (length, old_length);
+  return offset + length == size ? UINT64_MAX : length / step;
+}
+
 static int
-save_clusters (struct save *s, struct dirty_bits *bits,
-               struct dirty_bits *stored, GError **error)
+save_clusters (struct save *s, GError **error)
 {
   const uint32_t cluster_size = s->store->image->cluster_size;
   const uint64_t step = bits_per_cluster (s->store);
-  const uint64_t length = dirty_bits_length (bits);
+  const uint64_t length = dirty_bits_length (s->bits);
+  const uint64_t entries = s->bitmap->table_entries;
 
-  for (uint32_t i = 0; i < s->bitmap->table_entries; ++i) {
-    dirty_bits_export (bits, i * step, s->buf, cluster_size);
-    if (stored) {
-      dirty_bits_export (stored, i * step, s->old, cluster_size);
+  for (uint64_t i = 0; i < entries; ++i) {
+    const uint64_t same = count_same (s, i);
+
+    if (same >= entries - i)
+      return 0;
+    i += same;
+    dirty_bits_export (s->bits, i * step, s->buf, cluster_size);
+    if (s->stored) {
+      dirty_bits_export (s->stored, i * step, s->old, cluster_size);
       if (memcmp (s->buf, s->old, cluster_size) == 0)
         continue;
     }
@@ -320,12 +376,14 @@ qcow2_bitmap_store_save (struct qcow2_bitmap_store *store,
   g_autofree uint8_t *old = g_try_malloc (cluster_size);
   g_autoptr (GArray) changed = g_array_new (FALSE, FALSE, sizeof (uint32_t));
   g_autoptr (GArray) unused = g_array_new (FALSE, FALSE, sizeof (uint64_t));
-  struct save s = { store, io, bitmap, buf, old, changed, unused };
+  struct save s = {
+    store, io, bitmap, bits, stored, buf, old, changed, unused
+  };
 
   if (!buf || !old)
     return qcow2_fail (error, ENOMEM, "no memory for a cluster");
   if (load_table (store, io, bitmap, error) == -1 ||
-      save_clusters (&s, bits, stored, error) == -1 ||
+      save_clusters (&s, error) == -1 ||
       io->flush (io, error) == -1)
     return -1;
   if (changed->len == 0)
@@ -376,18 +434,63 @@ is_named_in (const struct qcow2_bitmap *bitmap, const GPtrArray *names)
   return false;
 }
 
-/* An empty bitmap of the whole disk, not yet in any directory. */
-static int
-make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
-             struct qcow2_bitmap *bitmap, GError **error)
+/* Entries of the table that a bitmap of the whole disk has. */
+static uint64_t
+entries_for (const struct qcow2_bitmap_store *store,
+             uint32_t granularity_bits)
 {
   const uint64_t granules = divide_up (store->image->header->size,
-                                       UINT64_C (1) <<
-                                       bitmap->granularity_bits);
-  const uint64_t entries = MAX (divide_up (granules,
-                                           bits_per_cluster (store)), 1);
+                                       UINT64_C (1) << granularity_bits);
+
+  return MAX (divide_up (granules, bits_per_cluster (store)), 1);
+}
+
+bool
+qcow2_bitmap_store_fits (const struct qcow2_bitmap_store *store,
+                         const struct qcow2_bitmap *bitmap)
+{
+  return bitmap->table_entries ==
+    entries_for (store, bitmap->granularity_bits);
+}
+
+/* Write content to new clusters; their offsets go to the table. */
+static int
+make_content (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+              struct dirty_bits *content, uint64_t *table, uint64_t entries,
+              GError **error)
+{
+  const uint32_t cluster_size = store->image->cluster_size;
+  const uint64_t step = bits_per_cluster (store);
+  const uint64_t length = dirty_bits_length (content);
+  g_autofree uint8_t *buf = g_try_malloc (cluster_size);
+
+  if (!buf)
+    return qcow2_fail (error, ENOMEM, "no memory for a cluster");
+  for (uint64_t i = 0; i < entries && i * step < length; ++i) {
+    uint64_t entry, offset;
+
+    dirty_bits_export (content, i * step, buf, cluster_size);
+    entry = uniform_entry (buf, cluster_size, (i + 1) * step <= length);
+    if (entry == UINT64_MAX) {
+      if (qcow2_allocate (store->allocator, io, 1, &offset, error) == -1 ||
+          qcow2_io_write (io, buf, cluster_size, offset, error) == -1)
+        return -1;
+      entry = offset;
+    }
+    qcow2_put_be64 ((uint8_t *) &table[i], entry);
+  }
+  return 0;
+}
+
+/* A bitmap of the whole disk, not yet in any directory. */
+static int
+make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+             struct qcow2_bitmap *bitmap, struct dirty_bits *content,
+             GError **error)
+{
+  const uint64_t entries = entries_for (store, bitmap->granularity_bits);
   uint64_t clusters;
-  g_autofree uint8_t *zeroes = NULL;
+  g_autofree uint64_t *table = NULL;
 
   if (entries * store->image->cluster_size > QCOW2_MAX_BITMAP_BYTES)
     return qcow2_fail (error, EINVAL, "bitmap \"%s\" would have %" PRIu64
@@ -397,42 +500,73 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
                        QCOW2_MAX_BITMAP_BYTES);
   bitmap->table_entries = entries;
   clusters = clusters_for (store, table_bytes (bitmap));
-  zeroes = g_try_malloc0 (clusters * store->image->cluster_size);
-  if (!zeroes)
+  table = g_try_malloc0 (clusters * store->image->cluster_size);
+  if (!table)
     return qcow2_fail (error, ENOMEM, "no memory for the table of a bitmap");
+  if (content &&
+      make_content (store, io, content, table, entries, error) == -1)
+    return -1;
   if (qcow2_allocate (store->allocator, io, clusters, &bitmap->table_offset,
                       error) == -1)
     return -1;
-  return qcow2_io_write (io, zeroes, clusters * store->image->cluster_size,
+  return qcow2_io_write (io, table, clusters * store->image->cluster_size,
                          bitmap->table_offset, error);
+}
+
+/* Set new flags of a list's bitmaps. */
+static void
+change_flags (const GPtrArray *list, const GArray *flags)
+{
+  for (guint i = 0; flags && i < flags->len; ++i) {
+    const struct qcow2_bitmap_new_flags *new =
+      &g_array_index (flags, struct qcow2_bitmap_new_flags, i);
+
+    for (guint j = 0; j < list->len; ++j) {
+      struct qcow2_bitmap *bitmap = g_ptr_array_index (list, j);
+
+      if (strcmp (bitmap->name, new->name) == 0)
+        bitmap->flags = new->flags;
+    }
+  }
+}
+
+static int
+add_new (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+         GPtrArray *list, const struct qcow2_bitmap_new *new, GError **error)
+{
+  struct qcow2_bitmap *bitmap = g_new0 (struct qcow2_bitmap, 1);
+
+  bitmap->name = g_strdup (new->name);
+  bitmap->granularity_bits = new->granularity_bits;
+  bitmap->flags = new->flags;
+  g_ptr_array_add (list, bitmap);
+  return make_bitmap (store, io, bitmap, new->content, error);
 }
 
 /* The bitmaps of the new directory.  NULL with error set. */
 static GPtrArray *
 make_list (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
-           const GPtrArray *remove, const GPtrArray *add, GError **error)
+           const struct qcow2_bitmap_changes *changes, GError **error)
 {
+  const GPtrArray *add = changes->add;
   g_autoptr (GPtrArray) list =
     g_ptr_array_new_with_free_func (qcow2_bitmap_free);
 
   for (guint i = 0; i < store->bitmaps->len; ++i) {
     const struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
 
-    if (!is_named_in (bitmap, remove))
+    if (!is_named_in (bitmap, changes->remove))
       g_ptr_array_add (list, copy_bitmap (bitmap));
   }
+  change_flags (list, changes->flags);
   if (list->len + (add ? add->len : 0) > QCOW2_MAX_BITMAPS) {
     qcow2_fail (error, EINVAL, "an image has at most %d bitmaps",
                 QCOW2_MAX_BITMAPS);
     return NULL;
   }
-  for (guint i = 0; add && i < add->len; ++i) {
-    struct qcow2_bitmap *bitmap = copy_bitmap (g_ptr_array_index (add, i));
-
-    g_ptr_array_add (list, bitmap);
-    if (make_bitmap (store, io, bitmap, error) == -1)
+  for (guint i = 0; add && i < add->len; ++i)
+    if (add_new (store, io, list, g_ptr_array_index (add, i), error) == -1)
       return NULL;
-  }
   return g_steal_pointer (&list);
 }
 
@@ -609,8 +743,9 @@ free_old (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 
 int
 qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
-                           const struct qcow2_io *io, const GPtrArray *remove,
-                           const GPtrArray *add, GError **error)
+                           const struct qcow2_io *io,
+                           const struct qcow2_bitmap_changes *changes,
+                           GError **error)
 {
   g_autoptr (GPtrArray) list = NULL;
   struct qcow2_bitmaps place = { 0 };
@@ -619,7 +754,7 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
     return qcow2_fail (error, ENOTSUP, "a version 2 image cannot have "
                        "bitmaps; \"qemu-img amend -o compat=1.1\" makes it "
                        "version 3");
-  list = make_list (store, io, remove, add, error);
+  list = make_list (store, io, changes, error);
   if (!list)
     return -1;
   if (list->len > 0) {
@@ -629,7 +764,7 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
   }
   else if (store->place.nr > 0 && drop_directory (store, io, error) == -1)
     return -1;
-  if (free_old (store, io, remove, error) == -1)
+  if (free_old (store, io, changes->remove, error) == -1)
     return -1;
   g_ptr_array_unref (store->bitmaps);
   store->bitmaps = g_steal_pointer (&list);

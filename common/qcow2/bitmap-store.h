@@ -21,6 +21,8 @@
 #ifndef QCOW2_BITMAP_STORE_H
 #define QCOW2_BITMAP_STORE_H
 
+#include <stdbool.h>
+
 #include "dirty/bits.h"
 #include "qcow2/bitmap.h"
 #include "qcow2/image.h"
@@ -49,14 +51,34 @@ extern struct qcow2_bitmap *
 qcow2_bitmap_store_find (const struct qcow2_bitmap_store *store,
                          const char *name);
 
-/* Change the directory, all at once: remove the bitmaps with names in
- * remove, then add empty ones as described in add (name, granularity_bits
- * and flags of each struct qcow2_bitmap).  Either may be NULL.  Flushed.
+/* A bitmap that is to be made. */
+struct qcow2_bitmap_new {
+  const char *name;
+  uint32_t granularity_bits;
+  uint32_t flags;               /* QCOW2_BITMAP_* */
+  struct dirty_bits *content;   /* NULL: it is empty */
+};
+
+/* Flags that a bitmap is to have. */
+struct qcow2_bitmap_new_flags {
+  const char *name;
+  uint32_t flags;
+};
+
+/* What is to become of the directory.  Each member may be NULL. */
+struct qcow2_bitmap_changes {
+  const GPtrArray *remove;      /* names; first */
+  const GPtrArray *add;         /* struct qcow2_bitmap_new */
+  const GArray *flags;          /* struct qcow2_bitmap_new_flags */
+};
+
+/* Change the directory, all at once: a crash leaves all as it was, or as it
+ * shall be.  Flushed; so is all that was saved before.
  */
 extern int qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
                                       const struct qcow2_io *io,
-                                      const GPtrArray *remove,
-                                      const GPtrArray *add, GError **error);
+                                      const struct qcow2_bitmap_changes *changes,
+                                      GError **error);
 
 /* Set the flags of a bitmap.  Not flushed: what has to be safe before must
  * be flushed before, and what the flags allow must wait for a flush.
@@ -72,9 +94,15 @@ extern int qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
                                     struct qcow2_bitmap *bitmap,
                                     struct dirty_bits *bits, GError **error);
 
+/* Is its table as long as the disk wants it?  One that is in use need not
+ * be, if the disk was resized since.
+ */
+extern bool qcow2_bitmap_store_fits (const struct qcow2_bitmap_store *store,
+                                     const struct qcow2_bitmap *bitmap);
+
 /* Let a bitmap, which is marked as in use, hold what bits does.  stored is
- * what it holds already, as far as the caller knows, or NULL: only clusters
- * in which the two differ are written.  Flushed.
+ * what it holds already, as far as the caller knows, or NULL: only what
+ * differs is written.  Flushed.
  */
 extern int qcow2_bitmap_store_save (struct qcow2_bitmap_store *store,
                                     const struct qcow2_io *io,

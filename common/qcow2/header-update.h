@@ -18,6 +18,15 @@
 
 #include "qcow2/header.h"
 
+/* Before anything else is written ("Header", autoclear_features): bits
+ * whose meaning we do not know are cleared, and an image which is marked
+ * as dirty or corrupt, so that its refcounts cannot be relied upon, is an
+ * error.  Flushed.
+ */
+extern int qcow2_header_begin_writing (struct qcow2_header *header,
+                                       const struct qcow2_io *io,
+                                       GError **error);
+
 /* Not flushed. */
 extern int qcow2_header_set_autoclear (struct qcow2_header *header,
                                        const struct qcow2_io *io,

@@ -167,8 +167,10 @@ static int
 change_directory (struct run *run)
 {
   g_autoptr (GPtrArray) remove = g_ptr_array_new ();
-  g_autoptr (GPtrArray) add =
-    g_ptr_array_new_with_free_func (qcow2_bitmap_free);
+  g_autoptr (GPtrArray) add = g_ptr_array_new_with_free_func (g_free);
+  const struct qcow2_bitmap_changes changes = {
+    .remove = remove, .add = add,
+  };
   g_autoptr (GError) error = NULL;
 
   /* What is removed need not be there any more, what is added not yet. */
@@ -182,17 +184,17 @@ change_directory (struct run *run)
   }
   note_moment (run);
   for (unsigned n = 0; n < NAMES; ++n) {
-    struct qcow2_bitmap *bitmap;
+    struct qcow2_bitmap_new *bitmap;
 
     if (run->known[n].exists || below (run, 3))
       continue;
-    bitmap = g_new0 (struct qcow2_bitmap, 1);
-    bitmap->name = g_strdup (name_of (n));
+    bitmap = g_new0 (struct qcow2_bitmap_new, 1);
+    bitmap->name = name_of (n);
     bitmap->granularity_bits = 9 + below (run, 6);
     bitmap->flags = QCOW2_BITMAP_AUTO | QCOW2_BITMAP_IN_USE;
     g_ptr_array_add (add, bitmap);
   }
-  if (qcow2_bitmap_store_change (run->store, io_of (run), remove, add,
+  if (qcow2_bitmap_store_change (run->store, io_of (run), &changes,
                                  &error) == -1)
     return -1;
   for (unsigned n = 0; n < NAMES; ++n) {
