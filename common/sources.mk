@@ -16,6 +16,9 @@ common_sources = \
 	dirty/gate.c \
 	dirty/intent.c \
 	dirty/node.c \
+	dirty/persist.c \
+	dirty/persist-state.c \
+	dirty/persist-write.c \
 	dirty/transaction.c \
 	qcow2/allocator.c \
 	qcow2/bitmap.c \
@@ -43,6 +46,7 @@ common_sources = \
 	qcow2/twofish.c \
 	utils/displayable.c \
 	utils/export-name.c \
+	utils/server.c \
 	utils/suite.c \
 	$(NULL)
 
@@ -57,6 +61,8 @@ common_headers = \
 	dirty/gate.h \
 	dirty/intent.h \
 	dirty/node.h \
+	dirty/persist.h \
+	dirty/persist-internal.h \
 	dirty/transaction.h \
 	qcow2/allocator.h \
 	qcow2/bitmap.h \
@@ -84,5 +90,6 @@ common_headers = \
 	qcow2/twofish.h \
 	utils/displayable.h \
 	utils/export-name.h \
+	utils/server.h \
 	utils/suite.h \
 	$(NULL)

@@ -263,6 +263,7 @@ run (const struct request *requests, size_t n, GError **error)
   struct dirty_transaction *t;
   int r = 0;
 
+  dirty_changes_lock ();
   dirty_lock ();
   for (size_t i = 0; i < n; ++i)
     collect_nodes (requests[i].args, nodes);
@@ -270,10 +271,11 @@ run (const struct request *requests, size_t n, GError **error)
   for (size_t i = 0; i < n && r == 0; ++i)
     r = requests[i].action->act (t, requests[i].args, error);
   if (r == 0)
-    dirty_transaction_commit (t);
+    r = dirty_transaction_commit (t, error);
   else
     dirty_transaction_abort (t);
   dirty_unlock ();
+  dirty_changes_unlock ();
   return r;
 }
 

@@ -19,14 +19,17 @@
 #include "control/commands.h"
 #include "control/qmp.h"
 #include "dirty/node.h"
+#include "dirty/persist.h"
 
 static JsonObject *
 describe_bitmap (const struct dirty_bitmap *bitmap)
 {
   const unsigned bits = dirty_bits_granularity_bits (bitmap->bits);
+  /* The name may come from an image. */
+  g_autofree char *name = g_utf8_make_valid (bitmap->name, -1);
   JsonObject *object = json_object_new ();
 
-  json_object_set_string_member (object, "name", bitmap->name);
+  json_object_set_string_member (object, "name", name);
   json_object_set_int_member (object, "count",
                               dirty_bits_count (bitmap->bits) << bits);
   json_object_set_int_member (object, "granularity", INT64_C (1) << bits);
@@ -129,6 +132,7 @@ describe_node (const struct dirty_node *node)
                                  image ? image->filename : "");
   json_object_set_string_member (object, "drv", image ? "qcow2" : "raw");
   json_object_set_boolean_member (object, "ro", is_read_only (node));
+  json_object_set_boolean_member (object, "active", !node->inactive);
   json_object_set_boolean_member (object, "encrypted",
                                   image && image->encrypted);
   json_object_set_string_member (object, "detect_zeroes", "off");
@@ -167,9 +171,63 @@ query_named_block_nodes (JsonObject *args, gpointer opaque, GError **error)
   return result;
 }
 
+/* The nodes whose images can be given away: the one of this name, or all.
+ * None with error set.  They are not changed under the lock, which is for
+ * looking only.
+ */
+static GPtrArray *
+list_persistent (const char *name, GError **error)
+{
+  g_autoptr (GPtrArray) all = NULL;
+  GPtrArray *list = g_ptr_array_new ();
+  struct dirty_node *only = NULL;
+
+  dirty_lock ();
+  all = dirty_nodes_list ();
+  if (name)
+    only = dirty_node_find (name, error);
+  for (guint i = 0; i < all->len; ++i) {
+    struct dirty_node *node = g_ptr_array_index (all, i);
+
+    if (node->persist && (!name || node == only))
+      g_ptr_array_add (list, node->persist);
+  }
+  dirty_unlock ();
+  if (list->len > 0 || (name && !only))
+    return list;
+  control_fail (error, "There is no bitmap-persist filter, so no image is "
+                "being written to that could be given away");
+  return list;
+}
+
+static JsonNode *
+blockdev_set_active (JsonObject *args, gpointer opaque, GError **error)
+{
+  g_autoptr (GPtrArray) list = NULL;
+  const char *name = NULL;
+  gboolean active;
+
+  if (control_args_only (args, error, "node-name", "active", NULL) == -1 ||
+      control_args_string (args, "node-name", FALSE, &name, error) == -1 ||
+      control_args_boolean (args, "active", FALSE, &active, error) == -1)
+    return NULL;
+  if (!json_object_has_member (args, "active")) {
+    control_fail (error, "Parameter 'active' is missing");
+    return NULL;
+  }
+  list = list_persistent (name, error);
+  for (guint i = 0; i < list->len; ++i)
+    if (dirty_persist_set_active (g_ptr_array_index (list, i), active,
+                                  error) == -1)
+      break;
+  return NULL;
+}
+
 void
 control_register_node_commands (void)
 {
+  control_register_command ("blockdev-set-active", blockdev_set_active,
+                            NULL);
   control_register_command ("query-named-block-nodes",
                             query_named_block_nodes, NULL);
 }

@@ -56,16 +56,18 @@ struct dirty_intent {
 };
 
 struct dirty_intent *
-dirty_intent_new (uint64_t size, unsigned granularity_bits,
-                  dirty_intent_write write, gpointer opaque)
+dirty_intent_new (struct dirty_bits *stored, dirty_intent_write write,
+                  gpointer opaque)
 {
   struct dirty_intent *intent = g_new0 (struct dirty_intent, 1);
 
   intent->write = write;
   intent->opaque = opaque;
-  intent->epochs[0] = dirty_bits_new (size, granularity_bits);
-  intent->epochs[1] = dirty_bits_new (size, granularity_bits);
-  intent->stable = dirty_bits_new (size, granularity_bits);
+  intent->epochs[0] = dirty_bits_copy (stored);
+  intent->epochs[1] =
+    dirty_bits_new (dirty_bits_size (stored),
+                    dirty_bits_granularity_bits (stored));
+  intent->stable = dirty_bits_copy (stored);
   g_mutex_init (&intent->lock);
   return intent;
 }
@@ -78,6 +80,15 @@ dirty_intent_free (struct dirty_intent *intent)
   dirty_bits_free (intent->stable);
   g_mutex_clear (&intent->lock);
   g_free (intent);
+}
+
+struct dirty_bits *
+dirty_intent_copy (struct dirty_intent *intent)
+{
+  struct dirty_bits *bits = dirty_bits_copy (intent->epochs[0]);
+
+  dirty_bits_merge (bits, intent->epochs[1]);
+  return bits;
 }
 
 static void
@@ -110,11 +121,9 @@ store (struct dirty_intent *intent, struct dirty_bits *bits, GError **error)
 static int
 store_both (struct dirty_intent *intent, GError **error)
 {
-  struct dirty_bits *bits = dirty_bits_copy (intent->epochs[0]);
-  int r;
+  struct dirty_bits *bits = dirty_intent_copy (intent);
+  const int r = store (intent, bits, error);
 
-  dirty_bits_merge (bits, intent->epochs[1]);
-  r = store (intent, bits, error);
   dirty_bits_free (bits);
   return r;
 }

@@ -35,12 +35,16 @@ struct dirty_intent;
 typedef int (*dirty_intent_write) (gpointer opaque, struct dirty_bits *intent,
                                    GError **error);
 
-/* An empty intent, which is assumed to be stored. */
-extern struct dirty_intent *dirty_intent_new (uint64_t size,
-                                              unsigned granularity_bits,
+/* An intent of which it is assumed that it is stored: the regions in
+ * stored, whose granularity it has.
+ */
+extern struct dirty_intent *dirty_intent_new (struct dirty_bits *stored,
                                               dirty_intent_write write,
                                               gpointer opaque);
 extern void dirty_intent_free (struct dirty_intent *intent);
+
+/* All regions that should be stored.  Free the set. */
+extern struct dirty_bits *dirty_intent_copy (struct dirty_intent *intent);
 
 /* A write has been marked in the bitmaps, and may be passed on when this
  * has returned 0.  On failure it must not, and -1 is returned with error

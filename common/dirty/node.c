@@ -18,7 +18,7 @@
 #define DEFAULT_GRANULARITY_BITS 16
 #define SMALLEST_DEFAULT_BITS 12
 
-static GMutex lock;
+static GMutex lock, changes_lock;
 
 /* The table, sorted by name. */
 static GTree *nodes;            /* name -> struct dirty_node */
@@ -55,11 +55,24 @@ dirty_unlock (void)
 }
 
 void
+dirty_changes_lock (void)
+{
+  g_mutex_lock (&changes_lock);
+}
+
+void
+dirty_changes_unlock (void)
+{
+  g_mutex_unlock (&changes_lock);
+}
+
+void
 dirty_bitmap_free (gpointer p)
 {
   struct dirty_bitmap *bitmap = p;
 
   dirty_bits_free (bitmap->bits);
+  dirty_bits_free (bitmap->stored);
   g_free (bitmap->name);
   g_free (bitmap);
 }
@@ -229,7 +242,7 @@ dirty_node_open (struct dirty_node *node, uint64_t size,
     if (access == DIRTY_WRITABLE)
       node->read_only = false;
     else if (access == DIRTY_READ_ONLY && node->connections == 0)
-      node->read_only = true;
+      node->read_only = !node->image_writable;
     node->connections++;
   }
   dirty_unlock ();

@@ -13,7 +13,9 @@
  * until the server ends.
  *
  * Locking: dirty_lock protects all members of nodes and bitmaps, and the
- * table.  Functions expect the caller to hold it unless they say "takes
+ * table.  Who changes bitmaps other than by writes, or stores them, holds
+ * dirty_changes_lock as well, and takes it first: so that bitmaps stay as
+ * they are for a long time without anybody else being held up.  Functions expect the caller to hold it unless they say "takes
  * the lock".  Members which writes read are changed only with the gates
  * of the node closed (see transaction.h), so a write needs no lock: it
  * must not take it, for who holds it may be waiting for the write.
@@ -64,8 +66,12 @@ struct dirty_node {
   uint64_t size;                /* in bytes */
   unsigned connections;         /* that have it open */
   bool read_only;               /* as far as connections have shown */
+  bool image_writable;          /* bitmaps of a read-only disk are not */
+  bool inactive;                /* another program may be using it */
   unsigned granularity_bits;    /* of new bitmaps; 0: as QEMU has it */
   struct dirty_image *image;    /* or NULL */
+  struct dirty_container *container; /* the image, for bitmaps, or NULL */
+  struct dirty_persist *persist; /* keeps persistent bitmaps, or NULL */
   GPtrArray *bitmaps;           /* of struct dirty_bitmap, oldest first */
   GPtrArray *recording;         /* their sets; for writes */
 };
@@ -78,6 +84,10 @@ struct dirty_bitmap {
   bool persistent;
   bool inconsistent;            /* it may only be removed */
   unsigned users;               /* it is busy while there are any */
+
+  /* For persist.h, of persistent ones. */
+  bool replaced;                /* it is not what was stored last */
+  struct dirty_bits *stored;    /* what is stored, NULL if not known */
 };
 
 #define DIRTY_ERROR (dirty_error_quark ())
@@ -90,6 +100,8 @@ extern int dirty_fail (GError **error, int code, const char *fs, ...)
 
 extern void dirty_lock (void);
 extern void dirty_unlock (void);
+extern void dirty_changes_lock (void);
+extern void dirty_changes_unlock (void);
 
 /* Parameters of filters and plugins that tell which nodes there are; each
  * filter of the suite passes on to here all that it sees.  Returns 1 if

@@ -22,6 +22,16 @@
 #define WRITERS 4
 #define STORES 400
 
+static struct dirty_intent *
+new_intent (dirty_intent_write write, gpointer opaque)
+{
+  struct dirty_bits *empty = dirty_bits_new (SIZE, REGION_BITS);
+  struct dirty_intent *intent = dirty_intent_new (empty, write, opaque);
+
+  dirty_bits_free (empty);
+  return intent;
+}
+
 /* A disk that is written to in pieces, each of which is there as soon as it
  * is written; a crash is a look at it.
  */
@@ -146,7 +156,7 @@ run (guint fail)
   GThread *threads[WRITERS];
 
   g_mutex_init (&disk.lock);
-  disk.intent = dirty_intent_new (SIZE, REGION_BITS, write_intent, &disk);
+  disk.intent = new_intent (write_intent, &disk);
   for (unsigned i = 0; i < WRITERS; ++i)
     threads[i] = g_thread_new ("writer", write_at_random, &disk);
   for (unsigned i = 0; i < STORES; ++i) {
@@ -196,8 +206,7 @@ static void
 test_economy (void)
 {
   guint n = 0;
-  struct dirty_intent *intent = dirty_intent_new (SIZE, REGION_BITS,
-                                                  count_intent, &n);
+  struct dirty_intent *intent = new_intent (count_intent, &n);
 
   for (unsigned i = 0; i < 100; ++i)
     dirty_intent_begin_write (intent, i * 100, 100, NULL);

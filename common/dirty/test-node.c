@@ -26,6 +26,7 @@ begin (struct dirty_node *a, struct dirty_node *b)
   g_ptr_array_add (nodes, a);
   if (b)
     g_ptr_array_add (nodes, b);
+  dirty_changes_lock ();
   dirty_lock ();
   return dirty_transaction_begin (nodes);
 }
@@ -33,8 +34,12 @@ begin (struct dirty_node *a, struct dirty_node *b)
 static void
 commit (struct dirty_transaction *t)
 {
-  dirty_transaction_commit (t);
+  g_autoptr (GError) error = NULL;
+
+  dirty_transaction_commit (t, &error);
+  g_assert_no_error (error);
   dirty_unlock ();
+  dirty_changes_unlock ();
 }
 
 static void
@@ -42,6 +47,7 @@ rollback (struct dirty_transaction *t)
 {
   dirty_transaction_abort (t);
   dirty_unlock ();
+  dirty_changes_unlock ();
 }
 
 static struct dirty_node *

@@ -16,6 +16,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "dirty/persist.h"
 #include "dirty/transaction.h"
 
 struct step {
@@ -27,6 +28,7 @@ struct step {
 struct dirty_transaction {
   GPtrArray *nodes;             /* each once */
   GArray *steps;                /* of struct step */
+  GPtrArray *to_store;          /* nodes with changed persistent bitmaps */
 };
 
 void
@@ -67,6 +69,7 @@ dirty_transaction_begin (const GPtrArray *nodes)
 
   t->nodes = g_ptr_array_new ();
   t->steps = g_array_new (FALSE, FALSE, sizeof (struct step));
+  t->to_store = g_ptr_array_new ();
   for (guint i = 0; i < nodes->len; ++i) {
     gpointer node = g_ptr_array_index (nodes, i);
 
@@ -83,23 +86,34 @@ end (struct dirty_transaction *t)
   dirty_gates_open ((struct dirty_node **) t->nodes->pdata, t->nodes->len);
   g_ptr_array_unref (t->nodes);
   g_array_unref (t->steps);
+  g_ptr_array_unref (t->to_store);
   g_free (t);
 }
 
-void
-dirty_transaction_commit (struct dirty_transaction *t)
+static int
+store_nodes (const struct dirty_transaction *t, bool only_add,
+             GError **error)
 {
-  for (guint i = 0; i < t->steps->len; ++i) {
-    const struct step *step = &g_array_index (t->steps, struct step, i);
+  for (guint i = 0; i < t->to_store->len; ++i) {
+    const struct dirty_node *node = g_ptr_array_index (t->to_store, i);
 
-    if (step->commit)
-      step->commit (step->opaque);
+    if (dirty_persist_commit (node->persist, only_add, error) == -1)
+      return -1;
   }
-  end (t);
+  return 0;
 }
 
-void
-dirty_transaction_abort (struct dirty_transaction *t)
+/* What moves from one node to another is stored there first. */
+static int
+store (const struct dirty_transaction *t, GError **error)
+{
+  if (t->to_store->len > 1 && store_nodes (t, true, error) == -1)
+    return -1;
+  return store_nodes (t, false, error);
+}
+
+static void
+undo_all (const struct dirty_transaction *t)
 {
   for (guint i = t->steps->len; i-- > 0; ) {
     const struct step *step = &g_array_index (t->steps, struct step, i);
@@ -107,6 +121,35 @@ dirty_transaction_abort (struct dirty_transaction *t)
     if (step->undo)
       step->undo (step->opaque);
   }
+}
+
+int
+dirty_transaction_commit (struct dirty_transaction *t, GError **error)
+{
+  if (store (t, error) == -1) {
+    undo_all (t);
+    for (guint i = 0; i < t->to_store->len; ++i) {
+      const struct dirty_node *node = g_ptr_array_index (t->to_store, i);
+
+      dirty_persist_revert (node->persist);
+    }
+    end (t);
+    return -1;
+  }
+  for (guint i = 0; i < t->steps->len; ++i) {
+    const struct step *step = &g_array_index (t->steps, struct step, i);
+
+    if (step->commit)
+      step->commit (step->opaque);
+  }
+  end (t);
+  return 0;
+}
+
+void
+dirty_transaction_abort (struct dirty_transaction *t)
+{
+  undo_all (t);
   end (t);
 }
 
@@ -118,6 +161,17 @@ dirty_transaction_push (struct dirty_transaction *t,
   const struct step step = { commit, undo, opaque };
 
   g_array_append_val (t->steps, step);
+}
+
+/* A persistent bitmap of the node is being changed. */
+static void
+touch (struct dirty_transaction *t, const struct dirty_bitmap *bitmap)
+{
+  struct dirty_node *node = bitmap->node;
+
+  if (bitmap->persistent && dirty_persist_is_writable (node->persist) &&
+      !g_ptr_array_find (t->to_store, node, NULL))
+    g_ptr_array_add (t->to_store, node);
 }
 
 /* What is remembered of a bitmap. */
@@ -152,13 +206,34 @@ unlist (struct dirty_bitmap *bitmap)
 
 enum { ALLOW_BUSY = 1, ALLOW_READ_ONLY = 2, ALLOW_INCONSISTENT = 4 };
 
+static int
+check_active (const struct dirty_node *node, GError **error)
+{
+  if (node->inactive)
+    return dirty_fail (error, EROFS, "Node '%s' is inactive: use "
+                       "blockdev-set-active to take it back", node->name);
+  return 0;
+}
+
+/* Can a persistent bitmap of the node be changed? */
+static int
+check_persist (const struct dirty_node *node, const char *name,
+               GError **error)
+{
+  if (!node->persist)
+    return dirty_fail (error, ENOTSUP, "Bitmap '%s' cannot be persistent: "
+                       "node '%s' has no place to store it; the "
+                       "bitmap-persist filter is one", name, node->name);
+  return dirty_persist_check (node->persist, error);
+}
+
 static struct dirty_bitmap *
 find_usable (struct dirty_node *node, const char *name, unsigned allow,
              GError **error)
 {
   struct dirty_bitmap *bitmap = dirty_bitmap_find (node, name, error);
 
-  if (!bitmap)
+  if (!bitmap || check_active (node, error) == -1)
     return NULL;
   if (bitmap->users && !(allow & ALLOW_BUSY))
     dirty_fail (error, EBUSY, "Bitmap '%s' of node '%s' is busy: a client "
@@ -169,7 +244,8 @@ find_usable (struct dirty_node *node, const char *name, unsigned allow,
   else if (bitmap->inconsistent && !(allow & ALLOW_INCONSISTENT))
     dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
                 "cannot be used; it can only be removed", name, node->name);
-  else
+  else if (!bitmap->persistent || allow & ALLOW_READ_ONLY ||
+           check_persist (node, name, error) == 0)
     return bitmap;
   return NULL;
 }
@@ -184,6 +260,9 @@ check_new_name (const struct dirty_node *node, const char *name,
     return dirty_fail (error, EINVAL, "The name of the bitmap is too long: "
                        "%zu bytes, of at most %d", strlen (name),
                        DIRTY_MAX_NAME);
+  if (strcmp (name, DIRTY_INTENT_NAME) == 0)
+    return dirty_fail (error, EINVAL, "The name '%s' is reserved for what "
+                       "the bitmap-persist filter stores", name);
   if (dirty_bitmap_find (node, name, NULL))
     return dirty_fail (error, EEXIST, "Bitmap already exists: '%s' of node "
                        "'%s'", name, node->name);
@@ -199,7 +278,7 @@ check_node (const struct dirty_node *node, GError **error)
                        "the size of its disk is not known", node->name);
   if (node->read_only)
     return dirty_fail (error, EROFS, "Node '%s' is read-only", node->name);
-  return 0;
+  return check_active (node, error);
 }
 
 static int
@@ -238,10 +317,8 @@ dirty_bitmap_add (struct dirty_transaction *t, struct dirty_node *node,
     return -1;
   if (granularity && check_granularity (granularity, error) == -1)
     return -1;
-  if (persistent)
-    return dirty_fail (error, ENOTSUP, "Bitmap '%s' cannot be persistent: "
-                       "node '%s' has no place to store it", name,
-                       node->name);
+  if (persistent && check_persist (node, name, error) == -1)
+    return -1;
   bits = granularity ? (unsigned) __builtin_ctzll (granularity) :
     dirty_node_granularity_bits (node);
   bitmap = g_new0 (struct dirty_bitmap, 1);
@@ -249,8 +326,10 @@ dirty_bitmap_add (struct dirty_transaction *t, struct dirty_node *node,
   bitmap->name = g_strdup (name);
   bitmap->bits = dirty_bits_new (node->size, bits);
   bitmap->recording = recording;
+  bitmap->persistent = bitmap->replaced = persistent;
   g_ptr_array_add (node->bitmaps, bitmap);
   dirty_transaction_push (t, NULL, undo_add, bitmap);
+  touch (t, bitmap);
   return 0;
 }
 
@@ -283,6 +362,7 @@ dirty_bitmap_remove (struct dirty_transaction *t, struct dirty_node *node,
   if (!bitmap)
     return -1;
   dirty_transaction_push (t, commit_remove, undo_remove, remember (bitmap));
+  touch (t, bitmap);
   unlist (bitmap);
   return 0;
 }
@@ -303,6 +383,7 @@ undo_content (gpointer opaque)
 
   dirty_bits_free (before->bitmap->bits);
   before->bitmap->bits = before->state.bits;
+  before->bitmap->replaced = before->state.replaced;
   g_free (before);
 }
 
@@ -313,7 +394,9 @@ set_content (struct dirty_transaction *t, struct dirty_bitmap *bitmap,
 {
   dirty_transaction_push (t, commit_content, undo_content,
                           remember (bitmap));
+  touch (t, bitmap);
   bitmap->bits = bits;
+  bitmap->replaced = true;
 }
 
 int
@@ -349,6 +432,7 @@ dirty_bitmap_record (struct dirty_transaction *t, struct dirty_node *node,
   if (!bitmap)
     return -1;
   dirty_transaction_push (t, g_free, undo_record, remember (bitmap));
+  touch (t, bitmap);
   bitmap->recording = recording;
   return 0;
 }
@@ -397,6 +481,7 @@ undo_move (gpointer opaque)
   g_free (before->bitmap->name);
   before->bitmap->node = before->state.node;
   before->bitmap->name = before->state.name;
+  before->bitmap->replaced = before->state.replaced;
   g_ptr_array_insert (before->bitmap->node->bitmaps, before->index,
                       before->bitmap);
   g_free (before);
@@ -416,10 +501,15 @@ dirty_bitmap_move (struct dirty_transaction *t, struct dirty_node *node,
     return dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' cannot be "
                        "moved to node '%s': their disks have different "
                        "sizes", name, node->name, target_node->name);
+  if (bitmap->persistent && check_persist (target_node, name, error) == -1)
+    return -1;
   dirty_transaction_push (t, commit_move, undo_move, remember (bitmap));
+  touch (t, bitmap);
   unlist (bitmap);
   bitmap->node = target_node;
   bitmap->name = g_strdup (target_name);
+  bitmap->replaced = true;
   g_ptr_array_add (target_node->bitmaps, bitmap);
+  touch (t, bitmap);
   return 0;
 }

@@ -17,6 +17,9 @@
  * only be removed.  Any but an inconsistent one can be the source of a
  * merge.
  *
+ * Persistent bitmaps are stored, with what has become of them, when the
+ * transaction ends; that may fail, and then all is as it was before.
+ *
  * Actions return -1 with error set; the transaction must then be ended
  * with dirty_transaction_abort.
  */
@@ -34,14 +37,17 @@ struct dirty_transaction;
 extern void dirty_gates_close (struct dirty_node **nodes, size_t n);
 extern void dirty_gates_open (struct dirty_node **nodes, size_t n);
 
-/* Begin with the lock held, on these nodes; a node may be named twice.
+/* Begin with both locks held (see node.h), on these nodes; a node may be named twice.
  * The actions must not touch any other.
  */
 extern struct dirty_transaction *
 dirty_transaction_begin (const GPtrArray *nodes);
 
-/* End it, with the changes, or without.  The lock is still held. */
-extern void dirty_transaction_commit (struct dirty_transaction *t);
+/* End it, with the changes, or without; it also ends, without, if commit
+ * returns -1 with error set.  The locks are still held.
+ */
+extern int dirty_transaction_commit (struct dirty_transaction *t,
+                                     GError **error);
 extern void dirty_transaction_abort (struct dirty_transaction *t);
 
 /* What another action wants to be done at the end; either may be NULL. */

@@ -132,7 +132,7 @@ check_entry (const struct qcow2_bitmap_store *store, uint64_t entry,
       offset & (store->image->cluster_size - 1)) {
     g_autofree char *name = g_strescape (bitmap->name, NULL);
 
-    return qcow2_fail (error, EIO, "the table of bitmap \"%s\" has an entry "
+    return qcow2_fail (error, EINVAL, "the table of bitmap \"%s\" has an entry "
                        "0x%016" PRIx64 ", which is not allowed", name, entry);
   }
   return 0;

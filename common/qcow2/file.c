@@ -25,11 +25,10 @@ file_of_io (const struct qcow2_io *io)
 }
 
 static int
-fail (const struct qcow2_file *file, const char *what, uint64_t offset,
-      int err, GError **error)
+fail (const char *what, uint64_t offset, int err, GError **error)
 {
-  return qcow2_fail (error, err, "%s: %s at offset %" PRIu64 ": %s",
-                     file->name, what, offset, g_strerror (err));
+  return qcow2_fail (error, err, "%s at offset %" PRIu64 ": %s", what, offset,
+                     g_strerror (err));
 }
 
 static int
@@ -45,10 +44,10 @@ file_pread (const struct qcow2_io *io, void *buf, size_t count,
     if (n == -1 && errno == EINTR)
       continue;
     if (n == 0)
-      return qcow2_fail (error, EIO, "%s: the file has become shorter than %"
-                         PRIu64 " bytes", file->name, offset + count);
+      return qcow2_fail (error, EIO, "the file has become shorter than %"
+                         PRIu64 " bytes", offset + count);
     if (n == -1)
-      return fail (file, "reading", offset, errno, error);
+      return fail ("reading", offset, errno, error);
     p += n;
     offset += n;
     count -= n;
@@ -69,7 +68,7 @@ file_pwrite (const struct qcow2_io *io, const void *buf, size_t count,
     if (n == -1 && errno == EINTR)
       continue;
     if (n <= 0)
-      return fail (file, "writing", offset, n ? errno : ENOSPC, error);
+      return fail ("writing", offset, n ? errno : ENOSPC, error);
     p += n;
     offset += n;
     count -= n;
@@ -83,8 +82,7 @@ file_flush (const struct qcow2_io *io, GError **error)
   const struct qcow2_file *file = file_of_io (io);
 
   if (fdatasync (file->fd) == -1)
-    return qcow2_fail (error, errno, "%s: flushing: %s", file->name,
-                       g_strerror (errno));
+    return qcow2_fail (error, errno, "flushing: %s", g_strerror (errno));
   return 0;
 }
 
@@ -94,8 +92,8 @@ file_grow (const struct qcow2_io *io, uint64_t size, GError **error)
   struct qcow2_file *file = (struct qcow2_file *) io;
 
   if (ftruncate (file->fd, size) == -1)
-    return qcow2_fail (error, errno, "%s: growing to %" PRIu64 " bytes: %s",
-                       file->name, size, g_strerror (errno));
+    return qcow2_fail (error, errno, "growing to %" PRIu64 " bytes: %s",
+                       size, g_strerror (errno));
   file->size = size;
   return 0;
 }

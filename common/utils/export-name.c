@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "utils/export-name.h"
+#include "utils/suite.h"
 
 static const char *const kinds[] = { "snapshot", "dirty" };
 
@@ -55,4 +56,10 @@ qf_export_name_join (const char *base, const char *kind, const char *name)
     return export;
   g_free (export);
   return NULL;
+}
+
+gboolean
+qf_export_name_is_snapshot (const char *name)
+{
+  return qf_suite_has (QF_QCOW2) && strchr (name, '@');
 }

@@ -32,4 +32,9 @@ extern const char *qf_export_name_split (const char *export, char **base,
 extern char *qf_export_name_join (const char *base, const char *kind,
                                   const char *name);
 
+/* Is it the name of a snapshot in an image?  That is another disk than the
+ * image's, to which nobody writes.
+ */
+extern gboolean qf_export_name_is_snapshot (const char *name);
+
 #endif /* QF_EXPORT_NAME_H */

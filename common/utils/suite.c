@@ -19,7 +19,20 @@ static const char *const names[] = {
   [QF_QCOW2] = "qcow2",
 };
 
+static gboolean loaded[G_N_ELEMENTS (names)];
 static gboolean present[G_N_ELEMENTS (names)];
+
+void
+qf_suite_load (enum qf_filter filter)
+{
+  loaded[filter] = TRUE;
+}
+
+gboolean
+qf_suite_is_loaded (enum qf_filter filter)
+{
+  return loaded[filter];
+}
 
 int
 qf_suite_add (enum qf_filter filter, GError **error)

@@ -20,6 +20,14 @@ enum qf_filter {
   QF_QCOW2,
 };
 
+/* Called by each filter in .load, which nbdkit runs for all of them before
+ * it does anything else.
+ */
+extern void qf_suite_load (enum qf_filter filter);
+
+/* Does it stand anywhere in the chain? */
+extern gboolean qf_suite_is_loaded (enum qf_filter filter);
+
 /* Called by each filter in .get_ready, which nbdkit runs from the
  * innermost filter to the outermost.  Returns -1, with a message for the
  * user in error, if the filters stand in an order that makes no sense.

@@ -45,6 +45,7 @@ static void
 dirty_tracking_load (void)
 {
   loaded++;
+  qf_suite_load (QF_DIRTY_TRACKING);
 }
 
 static void
@@ -332,13 +333,6 @@ dirty_tracking_close (void *handle)
   handle_free (handle);
 }
 
-/* Snapshots of an image are other disks, which nobody writes to. */
-static bool
-is_snapshot (const struct handle *h)
-{
-  return qf_suite_has (QF_QCOW2) && strchr (h->base, '@');
-}
-
 static enum dirty_access
 access_of (const struct handle *h, nbdkit_next *next)
 {
@@ -356,7 +350,7 @@ dirty_tracking_prepare (nbdkit_next *next, void *handle, int readonly)
   struct dirty_node *node = dirty_node_of_export (h->base);
   g_autoptr (GError) error = NULL;
 
-  if (is_snapshot (h)) {
+  if (qf_export_name_is_snapshot (h->base)) {
     if (!h->view)
       return 0;
     nbdkit_error ("snapshots of the image have no bitmaps");

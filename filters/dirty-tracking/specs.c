@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "dirty/transaction.h"
+#include "utils/suite.h"
 
 #include "dirty-tracking.h"
 
@@ -154,9 +155,10 @@ specs_parse (const char *value)
 static int
 check_spec (const struct spec *spec, const char *only_node)
 {
-  if (spec->persistent) {
+  if (spec->persistent && !qf_suite_is_loaded (QF_BITMAP_PERSIST)) {
     nbdkit_error ("dirty-bitmap=%s,persistent=on: there is no filter in the "
-                  "chain that stores bitmaps", spec->name);
+                  "chain that stores bitmaps: add --filter=bitmap-persist "
+                  "after --filter=dirty-tracking", spec->name);
     return -1;
   }
   if (spec->node && !dirty_nodes_each () &&
@@ -207,6 +209,7 @@ specs_apply (struct dirty_node *node)
   if (!specs)
     return 0;
   g_ptr_array_add (nodes, node);
+  dirty_changes_lock ();
   dirty_lock ();
   if (!applied)
     applied = g_hash_table_new (NULL, NULL);
@@ -217,13 +220,14 @@ specs_apply (struct dirty_node *node)
     t = dirty_transaction_begin (nodes);
     r = apply (t, node, &error);
     if (r == 0)
-      dirty_transaction_commit (t);
-    else {
+      r = dirty_transaction_commit (t, &error);
+    else
       dirty_transaction_abort (t);
+    if (r == -1)
       g_hash_table_remove (applied, node);
-    }
   }
   dirty_unlock ();
+  dirty_changes_unlock ();
   if (r == -1)
     nbdkit_error ("dirty-bitmap: %s", error->message);
   return r;

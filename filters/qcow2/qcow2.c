@@ -56,6 +56,7 @@ wipe_free (gpointer p)
 static void
 qcow2_load (void)
 {
+  qf_suite_load (QF_QCOW2);
   if (loaded++ == 0)
     config.passphrases = g_ptr_array_new_with_free_func (wipe_free);
 }

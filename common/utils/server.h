@@ -1,0 +1,20 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+#ifndef QF_SERVER_H
+#define QF_SERVER_H
+
+#include <glib.h>
+
+/* Was nbdkit told to let clients only read (-r)?  Filters learn it when a
+ * client connects, which for some decisions is too late; so this looks at
+ * the command line of the process.  If that cannot be read the answer is
+ * no.
+ */
+extern gboolean qf_server_is_read_only (void);
+
+#endif /* QF_SERVER_H */
