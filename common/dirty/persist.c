@@ -288,6 +288,8 @@ load (struct dirty_persist *p, GError **error)
   p->io = p->container->open (p->container, p->node->size,
                               p->options.writable, error);
   if (p->io) {
+    p->options.writable &= p->io->pwrite != NULL;
+    p->node->image_writable = p->options.writable && p->container->is_image;
     r = read_bitmaps (p, error);
     if (r == -1)
       close_container (p);
@@ -472,6 +474,9 @@ deactivate (struct dirty_persist *p, GError **error)
   if (check_idle (p->node, error) == -1)
     return -1;
   if (p->loaded && p->options.writable && clean (p, error) == -1)
+    return persist_fail (p, error);
+  if (p->container->release && p->container->release (p->container,
+                                                      error) == -1)
     return persist_fail (p, error);
   g_mutex_lock (&p->lock);
   close_container (p);

@@ -36,14 +36,21 @@
 /* What bitmaps are kept in. */
 struct dirty_container {
   const char *name;             /* for messages */
+  bool is_image;                /* of the disk itself */
 
   /* Open it for a disk of that size, so that no other program uses it at
    * the same time.  The result is valid until close; NULL with error set.
+   * It may turn out to be read-only.
    */
   const struct qcow2_io *(*open) (struct dirty_container *container,
                                   uint64_t size, bool writable,
                                   GError **error);
   void (*close) (struct dirty_container *container);
+
+  /* Before it is closed to be given to another program: an error if it is
+   * being used in other ways.  May be NULL.
+   */
+  int (*release) (struct dirty_container *container, GError **error);
 
   /* Before the server starts: what can be seen already to be wrong.  -1
    * with error set.

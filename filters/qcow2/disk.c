@@ -37,6 +37,7 @@ struct disk {
   uint64_t size;                /* of the container */
   GPtrArray *snapshots;         /* NULL until first opened */
   bool checked;                 /* qcow2-check=full was done */
+  bool given_away;
 };
 
 static GMutex disks_lock;
@@ -90,7 +91,7 @@ static void
 disk_unref (struct disk *disk)
 {
   g_mutex_lock (&disks_lock);
-  if (--disk->refs == 0 && !disk->snapshots)
+  if (--disk->refs == 0 && !disk->snapshots && !disk->given_away)
     g_hash_table_remove (disks, disk->base);
   g_mutex_unlock (&disks_lock);
 }
@@ -145,6 +146,26 @@ open_chain (struct disk *disk, const char *base, struct layer *layer,
   return 0;
 }
 
+/* Fields of the header that storing bitmaps does not change. */
+static const struct { size_t offset, length; } constant[] = {
+  { 0, 8 },                     /* magic, version */
+  { 20, 28 },                   /* clusters, size, encryption, L1 table */
+  { 60, 12 },                   /* snapshots */
+};
+
+/* Does a connection see the container that others see? */
+static bool
+is_same (const struct disk *disk, const uint8_t *head, uint64_t size)
+{
+  if (!container_is_written ())
+    return size == disk->size && memcmp (head, disk->head, HEAD) == 0;
+  for (size_t i = 0; i < G_N_ELEMENTS (constant); ++i)
+    if (memcmp (head + constant[i].offset, disk->head + constant[i].offset,
+                constant[i].length) != 0)
+      return false;
+  return size >= disk->size;
+}
+
 /* The others share it. */
 static int
 check_same (const struct disk *disk, const struct layer *layer,
@@ -154,8 +175,7 @@ check_same (const struct disk *disk, const struct layer *layer,
 
   if (read_head (layer, head, error) == -1)
     return -1;
-  if (layer->limits.size != disk->size ||
-      memcmp (head, disk->head, HEAD) != 0)
+  if (!is_same (disk, head, layer->limits.size))
     return qcow2_fail (error, EINVAL, "this connection does not see the "
                        "image that others are using: either the image was "
                        "replaced, or the plugin serves another one for each "
@@ -171,8 +191,13 @@ disk_open (const char *base, struct layer *layer, nbdkit_backend *backend,
   int r;
 
   g_mutex_lock (&disk->lock);
-  r = disk->users == 0 ? open_chain (disk, base, layer, backend, error) :
-    check_same (disk, layer, error);
+  if (disk->given_away)
+    r = qcow2_fail (error, EBUSY, "%s: another program may be using the "
+                    "image; \"blockdev-set-active\" takes it back",
+                    layer->source.name);
+  else
+    r = disk->users == 0 ? open_chain (disk, base, layer, backend, error) :
+      check_same (disk, layer, error);
   if (r == 0)
     disk->users++;
   g_mutex_unlock (&disk->lock);
@@ -212,4 +237,32 @@ disk_last_snapshots (const char *base)
   g_mutex_unlock (&disk->lock);
   disk_unref (disk);
   return result;
+}
+
+int
+disk_give_away (const char *base, GError **error)
+{
+  struct disk *disk = disk_ref (base);
+  int r = 0;
+
+  g_mutex_lock (&disk->lock);
+  if (disk->users > 0)
+    r = qcow2_fail (error, EBUSY, "clients are connected to the image's "
+                    "disk, so it cannot be given to another program");
+  else
+    disk->given_away = true;
+  g_mutex_unlock (&disk->lock);
+  disk_unref (disk);
+  return r;
+}
+
+void
+disk_take_back (const char *base)
+{
+  struct disk *disk = disk_ref (base);
+
+  g_mutex_lock (&disk->lock);
+  disk->given_away = false;
+  g_mutex_unlock (&disk->lock);
+  disk_unref (disk);
 }

@@ -12,6 +12,7 @@
  *    disk.c       the images that are open, one chain for each disk below
  *    chain.c      an image and its backing files
  *    check.c      qcow2-check=full
+ *    container.c  bitmaps that are kept in the image
  *    announce.c   what others can learn about an image
  *    keys.c       the keys of encrypted images
  *    reference.c  names of other files in an image, and who permits them
@@ -76,6 +77,26 @@ extern GPtrArray *disk_last_snapshots (const char *base);
 
 /* Forget all disks. */
 extern void disk_forget_all (void);
+
+/* Another program may change the image: nobody can use the disk until it
+ * is taken back.  An error if somebody does.
+ */
+extern int disk_give_away (const char *base, GError **error);
+extern void disk_take_back (const char *base);
+
+/* container.c */
+
+/* Let bitmaps be kept in the image, if the bitmap-persist filter wants it.
+ * In .get_ready.
+ */
+extern void container_offer (void);
+
+/* In .after_fork, and .cleanup. */
+extern void container_start (nbdkit_backend *backend);
+extern void container_stop (void);
+
+/* Is anything written to the image's metadata? */
+extern bool container_is_written (void);
 
 /* announce.c.  base is an export below. */
 extern void announce_image (const char *base,

@@ -241,6 +241,8 @@ qcow2_get_ready (int thread_model)
   g_autoptr (GError) error = NULL;
 
   config.thread_model = thread_model;
+  if (!config.snapshot && !dirty_nodes_each ())
+    container_offer ();
   if (qf_suite_add (QF_QCOW2, &error) == -1 ||
       control_get_ready (&error) == -1)
     return report (error);
@@ -282,6 +284,7 @@ qcow2_after_fork (nbdkit_backend *backend)
       error)
     report (error);
   g_clear_error (&error);
+  container_start (backend);
   if (control_after_fork (&error) == -1)
     report (error);
   return 0;
@@ -291,6 +294,7 @@ static void
 qcow2_cleanup (nbdkit_backend *backend)
 {
   control_cleanup ();
+  container_stop ();
   disk_forget_all ();
 }
 
