@@ -18,4 +18,7 @@ extern void control_register_node_commands (void);
 /* block-dirty-bitmap-*, their digests, and transaction. */
 extern void control_register_bitmap_commands (void);
 
+/* blockdev-set-active. */
+extern void control_register_persist_commands (void);
+
 #endif /* CONTROL_COMMANDS_H */

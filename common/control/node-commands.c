@@ -132,7 +132,8 @@ describe_node (const struct dirty_node *node)
                                  image ? image->filename : "");
   json_object_set_string_member (object, "drv", image ? "qcow2" : "raw");
   json_object_set_boolean_member (object, "ro", is_read_only (node));
-  json_object_set_boolean_member (object, "active", !node->inactive);
+  if (node->persist)
+    json_object_set_boolean_member (object, "active", !node->inactive);
   json_object_set_boolean_member (object, "encrypted",
                                   image && image->encrypted);
   json_object_set_string_member (object, "detect_zeroes", "off");
@@ -224,10 +225,15 @@ blockdev_set_active (JsonObject *args, gpointer opaque, GError **error)
 }
 
 void
-control_register_node_commands (void)
+control_register_persist_commands (void)
 {
   control_register_command ("blockdev-set-active", blockdev_set_active,
                             NULL);
+}
+
+void
+control_register_node_commands (void)
+{
   control_register_command ("query-named-block-nodes",
                             query_named_block_nodes, NULL);
 }

@@ -274,6 +274,7 @@ bitmap_persist_get_ready (int thread_model)
       make_persist (&error) == -1)
     return report (error);
   control_register_bitmap_commands ();
+  control_register_persist_commands ();
   return control_get_ready (&error) == -1 ? report (error) : 0;
 }
 
