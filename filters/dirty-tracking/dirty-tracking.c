@@ -22,7 +22,6 @@
 #include "control/control.h"
 #include "utils/displayable.h"
 #include "utils/export-name.h"
-#include "utils/server.h"
 #include "utils/suite.h"
 
 #include "dirty-tracking.h"
@@ -208,8 +207,7 @@ open_disk_once (nbdkit_backend *backend)
   if (!next)
     return;
   if (next->prepare (next) == 0) {
-    if (open_node (node, next, qf_server_is_read_only () ? DIRTY_READ_ONLY :
-                   DIRTY_UNKNOWN) == 0)
+    if (open_node (node, next, DIRTY_UNKNOWN) == 0)
       dirty_node_close (node);
     next->finalize (next);
   }

@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "dirty/transaction.h"
+#include "utils/server.h"
 #include "utils/suite.h"
 
 #include "dirty-tracking.h"
@@ -182,6 +183,20 @@ specs_check (void)
   return 0;
 }
 
+/* Is it to be made now?  A server that is read-only stores nothing. */
+static bool
+is_wanted (const struct spec *spec, const struct dirty_node *node)
+{
+  if ((spec->node && strcmp (spec->node, node->name) != 0) ||
+      dirty_bitmap_find (node, spec->name, NULL))
+    return false;
+  if (!spec->persistent || !qf_server_is_read_only ())
+    return true;
+  nbdkit_debug ("dirty-bitmap: \"%s\" is not made, as the server is "
+                "read-only", spec->name);
+  return false;
+}
+
 /* In a transaction: make what is wanted of this node. */
 static int
 apply (struct dirty_transaction *t, struct dirty_node *node, GError **error)
@@ -189,8 +204,7 @@ apply (struct dirty_transaction *t, struct dirty_node *node, GError **error)
   for (guint i = 0; i < specs->len; ++i) {
     const struct spec *spec = g_ptr_array_index (specs, i);
 
-    if ((!spec->node || strcmp (spec->node, node->name) == 0) &&
-        !dirty_bitmap_find (node, spec->name, NULL) &&
+    if (is_wanted (spec, node) &&
         dirty_bitmap_add (t, node, spec->name, spec->granularity,
                           spec->persistent, !spec->disabled, error) == -1)
       return -1;
