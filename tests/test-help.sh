@@ -18,6 +18,12 @@ for word in "filter: dirty-tracking" dirty-bitmap= dirty-granularity= \
   grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
 done
 
+help=$("$NBDKIT" --filter=bitmap-persist null --help)
+for word in "filter: bitmap-persist" bitmap-store= bitmap-sync= \
+            bitmap-intent= bitmap-intent-granularity= qmp=; do
+  grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
+done
+
 # The plugin's answer goes through all filters.
 dump=$("$NBDKIT" --filter=qcow2 null --dump-plugin)
 grep -qx 'name=null' <<<"$dump" || fail "--dump-plugin: no name=null in: $dump"
