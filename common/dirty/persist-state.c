@@ -104,13 +104,19 @@ plan_flags (struct plan *plan, const struct qcow2_bitmap *stored,
     g_array_append_val (plan->flags, new);
 }
 
-/* The node's persistent bitmap of this name, or NULL. */
-static struct dirty_bitmap *
-find_ours (const struct dirty_node *node, const char *name)
+/* The names of a node's persistent bitmaps. */
+static GHashTable *
+names_of (const struct dirty_node *node)
 {
-  struct dirty_bitmap *bitmap = dirty_bitmap_find (node, name, NULL);
+  GHashTable *names = g_hash_table_new (g_str_hash, g_str_equal);
 
-  return bitmap && bitmap->persistent ? bitmap : NULL;
+  for (guint i = 0; i < node->bitmaps->len; ++i) {
+    const struct dirty_bitmap *bitmap = g_ptr_array_index (node->bitmaps, i);
+
+    if (bitmap->persistent)
+      g_hash_table_add (names, bitmap->name);
+  }
+  return names;
 }
 
 bool
@@ -214,11 +220,13 @@ static void
 plan_others (struct plan *plan)
 {
   const GPtrArray *list = qcow2_bitmap_store_list (plan->p->store);
+  g_autoptr (GHashTable) ours = names_of (plan->p->node);
 
   for (guint i = 0; i < list->len; ++i) {
     const struct qcow2_bitmap *stored = g_ptr_array_index (list, i);
 
-    if (persist_is_ours (stored) && !find_ours (plan->p->node, stored->name))
+    if (persist_is_ours (stored) &&
+        !g_hash_table_contains (ours, stored->name))
       plan_remove (plan, stored->name);
   }
 }

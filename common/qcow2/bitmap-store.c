@@ -41,22 +41,40 @@ struct qcow2_bitmap_store {
   struct qcow2_allocator *allocator;
   struct qcow2_bitmaps place;   /* of the directory */
   GPtrArray *bitmaps;
+  GHashTable *by_name;          /* the same */
 };
 
 /* Opening. */
+
+/* Take over the bitmaps of a directory. */
+static void
+set_bitmaps (struct qcow2_bitmap_store *store, GPtrArray *bitmaps)
+{
+  g_clear_pointer (&store->by_name, g_hash_table_unref);
+  g_clear_pointer (&store->bitmaps, g_ptr_array_unref);
+  store->bitmaps = bitmaps;
+  store->by_name = g_hash_table_new (g_str_hash, g_str_equal);
+  for (guint i = 0; i < bitmaps->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (bitmaps, i);
+
+    g_hash_table_insert (store->by_name, bitmap->name, bitmap);
+  }
+}
 
 struct qcow2_bitmap_store *
 qcow2_bitmap_store_open (struct qcow2_image *image,
                          const struct qcow2_io *io, GError **error)
 {
   struct qcow2_bitmap_store *store = g_new0 (struct qcow2_bitmap_store, 1);
+  GPtrArray *bitmaps = NULL;
 
   store->image = image;
   if (qcow2_bitmaps_find (image->header, &store->place, error) == 0)
-    store->bitmaps = qcow2_bitmaps_load (image->header, &store->place, io,
-                                         error);
-  if (store->bitmaps)
+    bitmaps = qcow2_bitmaps_load (image->header, &store->place, io, error);
+  if (bitmaps) {
+    set_bitmaps (store, bitmaps);
     store->allocator = qcow2_allocator_new (image, io, error);
+  }
   if (!store->allocator)
     g_clear_pointer (&store, qcow2_bitmap_store_close);
   return store;
@@ -68,8 +86,8 @@ qcow2_bitmap_store_close (struct qcow2_bitmap_store *store)
   if (!store)
     return;
   qcow2_allocator_free (store->allocator);
-  if (store->bitmaps)
-    g_ptr_array_unref (store->bitmaps);
+  g_clear_pointer (&store->by_name, g_hash_table_unref);
+  g_clear_pointer (&store->bitmaps, g_ptr_array_unref);
   g_free (store);
 }
 
@@ -83,13 +101,7 @@ struct qcow2_bitmap *
 qcow2_bitmap_store_find (const struct qcow2_bitmap_store *store,
                          const char *name)
 {
-  for (guint i = 0; i < store->bitmaps->len; ++i) {
-    struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
-
-    if (strcmp (bitmap->name, name) == 0)
-      return bitmap;
-  }
-  return NULL;
+  return g_hash_table_lookup (store->by_name, name);
 }
 
 /* Sizes. */
@@ -425,13 +437,15 @@ copy_bitmap (const struct qcow2_bitmap *bitmap)
   return copy;
 }
 
-static bool
-is_named_in (const struct qcow2_bitmap *bitmap, const GPtrArray *names)
+/* Names as a set. */
+static GHashTable *
+set_of_names (const GPtrArray *names)
 {
+  GHashTable *set = g_hash_table_new (g_str_hash, g_str_equal);
+
   for (guint i = 0; names && i < names->len; ++i)
-    if (strcmp (g_ptr_array_index (names, i), bitmap->name) == 0)
-      return true;
-  return false;
+    g_hash_table_add (set, g_ptr_array_index (names, i));
+  return set;
 }
 
 /* Entries of the table that a bitmap of the whole disk has. */
@@ -517,16 +531,22 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 static void
 change_flags (const GPtrArray *list, const GArray *flags)
 {
+  g_autoptr (GHashTable) by_name = g_hash_table_new (g_str_hash,
+                                                     g_str_equal);
+
   for (guint i = 0; flags && i < flags->len; ++i) {
     const struct qcow2_bitmap_new_flags *new =
       &g_array_index (flags, struct qcow2_bitmap_new_flags, i);
 
-    for (guint j = 0; j < list->len; ++j) {
-      struct qcow2_bitmap *bitmap = g_ptr_array_index (list, j);
+    g_hash_table_insert (by_name, (gpointer) new->name, (gpointer) new);
+  }
+  for (guint i = 0; i < list->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (list, i);
+    const struct qcow2_bitmap_new_flags *new =
+      g_hash_table_lookup (by_name, bitmap->name);
 
-      if (strcmp (bitmap->name, new->name) == 0)
-        bitmap->flags = new->flags;
-    }
+    if (new)
+      bitmap->flags = new->flags;
   }
 }
 
@@ -549,13 +569,14 @@ make_list (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
            const struct qcow2_bitmap_changes *changes, GError **error)
 {
   const GPtrArray *add = changes->add;
+  g_autoptr (GHashTable) remove = set_of_names (changes->remove);
   g_autoptr (GPtrArray) list =
     g_ptr_array_new_with_free_func (qcow2_bitmap_free);
 
   for (guint i = 0; i < store->bitmaps->len; ++i) {
     const struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
 
-    if (!is_named_in (bitmap, changes->remove))
+    if (!g_hash_table_contains (remove, bitmap->name))
       g_ptr_array_add (list, copy_bitmap (bitmap));
   }
   change_flags (list, changes->flags);
@@ -725,12 +746,14 @@ free_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 /* Free the old directory, and the bitmaps that were removed. */
 static int
 free_old (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
-          const GPtrArray *remove, GError **error)
+          const GPtrArray *names, GError **error)
 {
+  g_autoptr (GHashTable) remove = set_of_names (names);
+
   for (guint i = 0; i < store->bitmaps->len; ++i) {
     struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
 
-    if (is_named_in (bitmap, remove) &&
+    if (g_hash_table_contains (remove, bitmap->name) &&
         free_bitmap (store, io, bitmap, error) == -1)
       return -1;
   }
@@ -766,8 +789,7 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
     return -1;
   if (free_old (store, io, changes->remove, error) == -1)
     return -1;
-  g_ptr_array_unref (store->bitmaps);
-  store->bitmaps = g_steal_pointer (&list);
+  set_bitmaps (store, g_steal_pointer (&list));
   store->place = place;
   return io->flush (io, error);
 }
