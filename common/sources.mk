@@ -5,6 +5,7 @@
 # which compiles them once more, instrumented.
 
 common_sources = \
+	control/actions.c \
 	control/args.c \
 	control/bitmap-commands.c \
 	control/control.c \
@@ -17,6 +18,7 @@ common_sources = \
 	dirty/intent.c \
 	dirty/node.c \
 	dirty/transaction.c \
+	dirty/view.c \
 	qcow2/allocator.c \
 	qcow2/bitmap.c \
 	qcow2/bitmap-store.c \
@@ -46,6 +48,7 @@ common_sources = \
 	$(NULL)
 
 common_headers = \
+	control/actions.h \
 	control/args.h \
 	control/commands.h \
 	control/control.h \
@@ -57,6 +60,7 @@ common_headers = \
 	dirty/intent.h \
 	dirty/node.h \
 	dirty/transaction.h \
+	dirty/view.h \
 	qcow2/allocator.h \
 	qcow2/bitmap.h \
 	qcow2/bitmap-store.h \
