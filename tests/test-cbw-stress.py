@@ -12,14 +12,11 @@ QF_STRESS_SECONDS is how long each part runs, QF_STRESS_SEED the first of
 the seeds.
 """
 
-import contextlib
 import os
 import random
-import threading
 import time
 
 import cbw
-import nbd
 import qf
 import qmp
 from qf import KiB, MiB
@@ -31,104 +28,6 @@ WRITERS, READERS = 8, 4
 SIZE = 6 * MiB + 1536
 
 
-class Model:
-    """What the disk holds; ranges are locked while they are written."""
-
-    def __init__(self, rng):
-        self.data = bytearray(SIZE)
-        self.changed = threading.Condition()
-        self.busy = []
-        self.paused = False
-        for at in range(0, SIZE - MiB, MiB + 64 * KiB):
-            self.data[at:at + MiB // 2] = rng.randbytes(MiB // 2)
-
-    @contextlib.contextmanager
-    def writing(self, offset, count, data):
-        key = (offset, offset + count)
-        with self.changed:
-            while self.paused or any(a < key[1] and key[0] < b
-                                     for a, b in self.busy):
-                self.changed.wait()
-            self.busy.append(key)
-        yield
-        with self.changed:
-            self.data[offset:offset + count] = data
-            self.busy.remove(key)
-            self.changed.notify_all()
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Nobody writes; gives what is on the disk."""
-        with self.changed:
-            while self.paused:
-                self.changed.wait()
-            self.paused = True
-            while self.busy:
-                self.changed.wait()
-        yield bytes(self.data)
-        with self.changed:
-            self.paused = False
-            self.changed.notify_all()
-
-
-class Load:
-    """Threads that run until the time is over or one of them fails."""
-
-    def __init__(self, seconds):
-        self.end = time.monotonic() + seconds
-        self.failures = []
-        self.threads = []
-        self.counts = {}
-
-    def going(self):
-        return not self.failures and time.monotonic() < self.end
-
-    def start(self, function, *args):
-        def run():
-            try:
-                while self.going():
-                    name = function.__name__
-                    function(*args)
-                    self.counts[name] = self.counts.get(name, 0) + 1
-            except Exception as failure:
-                self.failures.append(failure)
-        self.threads.append(threading.Thread(target=run))
-        self.threads[-1].start()
-
-    def finish(self):
-        for thread in self.threads:
-            thread.join()
-        if self.failures:
-            raise self.failures[0]
-
-
-def random_write(handle, model, rng):
-    """One write, zero or trim, of odd sizes; some of them are large."""
-    count = rng.choice((1, 512, 4 * KiB, 10000, 64 * KiB, 200 * KiB))
-    if rng.random() < 0.02:
-        count = rng.randrange(1, 3 * MiB)
-    offset = rng.choice((rng.randrange(SIZE - count + 1), SIZE - count,
-                         rng.randrange(SIZE - count + 1) // 4096 * 4096))
-    kind = rng.randrange(6)
-    data = bytes(count) if kind >= 3 else rng.randbytes(count)
-    with model.writing(offset, count, data):
-        if kind < 3:
-            handle.pwrite(data, offset)
-        elif kind == 3:
-            handle.zero(count, offset)
-        elif kind == 4:
-            handle.zero(count, offset, nbd.CMD_FLAG_NO_HOLE)
-        else:
-            # As all plugins here do, trims make zeroes.
-            handle.trim(count, offset)
-
-
-def compare(what, data, expected, offset):
-    if data != expected:
-        at = next(i for i, (a, b) in enumerate(zip(data, expected)) if a != b)
-        raise qf.Fail(f"{what} differs at offset {offset + at}")
-
-
 def read_view(handle, name, expected, rng):
     """A copy of the whole view, in pieces of any size and order."""
     step = rng.choice((64 * KiB, 100000, 256 * KiB, 2 * MiB))
@@ -136,7 +35,7 @@ def read_view(handle, name, expected, rng):
     rng.shuffle(pieces)
     for at in pieces:
         count = min(step, SIZE - at)
-        compare(name, handle.pread(count, at), expected[at:at + count], at)
+        cbw.compare(name, handle.pread(count, at), expected[at:at + count], at)
 
 
 def check_map(handle, name, expected):
@@ -173,10 +72,10 @@ def come_and_go(server, path, model, rng):
 
 def stress(tmp, seed, plugin, targets, cluster):
     rng = random.Random(seed)
-    model = Model(rng)
+    model = cbw.Model(rng, SIZE)
     path = os.path.join(tmp, "qmp")
     snapshots = []
-    load = Load(SECONDS)
+    load = cbw.Load(SECONDS)
     with cbw.served(tmp, *plugin, f"cbw-cluster-size={cluster}") \
             as (server, control):
         guest = server.connect()
@@ -193,7 +92,7 @@ def stress(tmp, seed, plugin, targets, cluster):
                 snapshots.append((f"s{number}", expected))
             if number == 0:
                 for handle in handles:
-                    load.start(random_write, handle, model,
+                    load.start(cbw.random_write, handle, model,
                                random.Random(rng.random()))
                 for _ in range(READERS):
                     load.start(read_some, server, snapshots,
@@ -202,11 +101,11 @@ def stress(tmp, seed, plugin, targets, cluster):
                            random.Random(rng.random()))
             time.sleep(SECONDS / 10)
         load.finish()
-        compare("the disk", cbw.read_all(guest), bytes(model.data), 0)
+        cbw.compare("the disk", cbw.read_all(guest), bytes(model.data), 0)
         for name, expected in snapshots:
             view = server.connect("snapshot/" + name)
             check_map(view, name, expected)
-            compare(name, cbw.read_all(view), expected, 0)
+            cbw.compare(name, cbw.read_all(view), expected, 0)
             view.shutdown()
         for handle in handles:
             handle.shutdown()
@@ -321,7 +220,7 @@ def check_instant(sequences, view, begun, ended):
 
 def test_instant(tmp):
     rng = random.Random(SEED)
-    load = Load(SECONDS)
+    load = cbw.Load(SECONDS)
     instants = []
     with cbw.served(tmp, "memory", str(WRITERS * SHARE * BLOCK)) \
             as (server, control):

@@ -305,14 +305,26 @@ open_disk (struct disk *disk, nbdkit_next *next, enum dirty_access access)
   return 0;
 }
 
-/* Let the one disk be known, and have its snapshots, before a client opens
- * it.  If that is not possible now, it is tried when a client comes.
+/* The layers below know it; they take a context of ours, which must be
+ * read-only, for a sign that the server is.
  */
 static void
-open_disk_once (nbdkit_backend *backend)
+start_known_disk (struct disk *disk)
+{
+  g_autoptr (GError) error = NULL;
+  bool sized;
+
+  dirty_lock ();
+  sized = disk->node->sized;
+  dirty_unlock ();
+  if (sized && disk_start (disk, &error) == -1)
+    nbdkit_error ("cbw-snapshot: %s", error->message);
+}
+
+static void
+open_disk_once (nbdkit_backend *backend, struct disk *disk)
 {
   nbdkit_next *next = nbdkit_next_context_open (backend, 1, "", 1);
-  struct disk *disk = disk_of_node (dirty_node_of_export (""));
 
   if (!next)
     return;
@@ -322,6 +334,20 @@ open_disk_once (nbdkit_backend *backend)
     next->finalize (next);
   }
   nbdkit_next_context_close (next);
+}
+
+/* Let the one disk be known, and have its snapshots, before a client opens
+ * it.  If that is not possible now, it is tried when a client comes.
+ */
+static void
+start_disk (nbdkit_backend *backend)
+{
+  struct disk *disk = disk_of_node (dirty_node_of_export (""));
+
+  if (qf_suite_has (QF_DIRTY_TRACKING))
+    start_known_disk (disk);
+  else
+    open_disk_once (backend, disk);
 }
 
 /* nbdkit waits for requests that are being handled, so these must not wait
@@ -342,7 +368,7 @@ cbw_after_fork (nbdkit_backend *backend)
   g_autoptr (GError) error = NULL;
 
   if (!dirty_nodes_each ())
-    open_disk_once (backend);
+    start_disk (backend);
   watcher = g_thread_try_new ("cbw-watch", watch, NULL, &error);
   if (!watcher)
     report (error);
@@ -562,8 +588,11 @@ cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
   struct handle *h = g_new0 (struct handle, 1);
 
   h->server_is_read_only = readonly;
+  /* A view does not write either, but only the whole server is read-only:
+   * that is what the layers below shall conclude from it.
+   */
   if (parse_export (h, exportname) == -1 ||
-      next (context, readonly || h->s, h->base) == -1) {
+      next (context, readonly, h->base) == -1) {
     handle_free (h);
     return NULL;
   }
