@@ -35,9 +35,6 @@ struct config config;
 /* Times that the filter stands in the chain. */
 static unsigned loaded;
 
-/* Waits for the end of the server. */
-static GThread *watcher;
-
 /* A connection to a disk, or to a view of one of its snapshots. */
 struct handle {
   char *base;                   /* the export below */
@@ -350,18 +347,6 @@ start_disk (nbdkit_backend *backend)
     open_disk_once (backend, disk);
 }
 
-/* nbdkit waits for requests that are being handled, so these must not wait
- * for ever when it shall end.
- */
-static gpointer
-watch (gpointer opaque)
-{
-  while (nbdkit_nanosleep (3600, 0) == 0)
-    ;
-  disks_end_all ();
-  return NULL;
-}
-
 static int
 cbw_after_fork (nbdkit_backend *backend)
 {
@@ -369,10 +354,6 @@ cbw_after_fork (nbdkit_backend *backend)
 
   if (!dirty_nodes_each ())
     start_disk (backend);
-  watcher = g_thread_try_new ("cbw-watch", watch, NULL, &error);
-  if (!watcher)
-    report (error);
-  g_clear_error (&error);
   if (control_after_fork (&error) == -1)
     report (error);
   return 0;
@@ -382,10 +363,8 @@ static void
 cbw_cleanup (nbdkit_backend *backend)
 {
   control_cleanup ();
-  if (watcher)
-    g_thread_join (watcher);
-  watcher = NULL;
   disks_end_all ();
+  target_wait_for_retired ();
 }
 
 /* Exports. */

@@ -162,7 +162,7 @@ static const struct control_action create_action = {
 
 /* Freed by the last of the two who are done with it. */
 struct deletion {
-  gatomicrefcount refs;
+  refs refs;
   GMutex lock;
   GCond cond;
   bool done;
@@ -171,7 +171,7 @@ struct deletion {
 static void
 deletion_unref (struct deletion *deletion)
 {
-  if (!g_atomic_ref_count_dec (&deletion->refs))
+  if (!refs_dec (&deletion->refs))
     return;
   g_mutex_clear (&deletion->lock);
   g_cond_clear (&deletion->cond);
@@ -197,8 +197,7 @@ delete_and_wait (struct snapshot *s)
   const gint64 limit = g_get_monotonic_time () +
     DELETE_SECONDS * G_USEC_PER_SEC;
 
-  g_atomic_ref_count_init (&deletion->refs);
-  g_atomic_ref_count_inc (&deletion->refs);
+  refs_init (&deletion->refs, 2);
   g_mutex_init (&deletion->lock);
   g_cond_init (&deletion->cond);
   snapshot_delete (s, "it has been deleted", deleted, deletion);

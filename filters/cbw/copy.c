@@ -30,6 +30,7 @@
 #include <inttypes.h>
 #include <string.h>
 
+#include "patience.h"
 #include "snapshot.h"
 
 /* Bytes.  A cluster may be larger than a piece. */
@@ -41,7 +42,7 @@
 #define DEPTH 8
 
 struct copy {
-  gatomicrefcount refs;         /* the writer's; the target's */
+  refs refs;         /* the writer's; the target's */
   struct snapshot *s;
   struct target *target;
   uint64_t first, n;            /* clusters */
@@ -61,6 +62,7 @@ struct save {
   gint64 limit;                 /* monotonic time, or 0 */
   bool direct;                  /* this thread may write to the target */
   bool disk_failed;             /* as opposed to the target */
+  bool gone;                    /* nobody waits for the write any more */
 };
 
 /* Memory. */
@@ -79,7 +81,7 @@ copies_wake_for_memory (void)
 
 /* Returns 0, or an errno value, or -1 if the snapshot has ended. */
 static int
-take_memory (const struct save *save, uint64_t bytes)
+take_memory (struct save *save, uint64_t bytes)
 {
   struct snapshot *s = save->s;
   int error = 0;
@@ -87,12 +89,9 @@ take_memory (const struct save *save, uint64_t bytes)
   g_mutex_lock (&memory_lock);
   while (!error && (memory_used + bytes > MAX_MEMORY ||
                     s->in_flight + bytes > MAX_MEMORY_EACH)) {
-    if (atomic_load (&s->ended))
-      error = -1;
-    else if (!save->limit)
-      g_cond_wait (&memory_changed, &memory_lock);
-    else if (!g_cond_wait_until (&memory_changed, &memory_lock, save->limit))
-      error = ETIMEDOUT;
+    error = atomic_load (&s->ended) ? -1 :
+      patience_wait (&memory_changed, &memory_lock, save->limit);
+    save->gone |= error == ESHUTDOWN;
   }
   if (!error) {
     memory_used += bytes;
@@ -132,7 +131,7 @@ copy_new (struct snapshot *s, uint64_t first, uint64_t n)
 {
   struct copy *copy = g_malloc0 (sizeof *copy + n * sizeof copy->zeroes[0]);
 
-  g_atomic_ref_count_init (&copy->refs);
+  refs_init (&copy->refs, 1);
   copy->s = snapshot_ref (s);
   copy->target = target_ref (s->target);
   copy->first = first;
@@ -146,7 +145,7 @@ copy_new (struct snapshot *s, uint64_t first, uint64_t n)
 static void
 copy_unref (struct copy *copy)
 {
-  if (!g_atomic_ref_count_dec (&copy->refs))
+  if (!refs_dec (&copy->refs))
     return;
   g_cond_clear (&copy->cond);
   target_unref (copy->target);
@@ -383,23 +382,22 @@ copy_start (struct copy *copy, struct save *save)
     write_old (copy, save->direct);
 }
 
-/* Returns what came of it; or ETIMEDOUT; or 0 if the snapshot has ended.
- * The reference is given back.
+/* Returns what came of it; or why it was not waited for; or 0 if the
+ * snapshot has ended.  The reference is given back.
  */
 static int
-copy_wait (struct copy *copy, const struct save *save)
+copy_wait (struct copy *copy, struct save *save)
 {
   struct snapshot *s = save->s;
   int error = 0;
 
   g_mutex_lock (&s->lock);
   while (!error && !copy->done && !atomic_load (&s->ended))
-    if (!save->limit)
-      g_cond_wait (&copy->cond, &s->lock);
-    else if (!g_cond_wait_until (&copy->cond, &s->lock, save->limit))
-      error = ETIMEDOUT;
+    error = patience_wait (&copy->cond, &s->lock, save->limit);
   if (copy->done)
     error = copy->error;
+  else
+    save->gone |= error == ESHUTDOWN;
   if (atomic_load (&s->ended))
     error = 0;
   g_mutex_unlock (&s->lock);
@@ -443,14 +441,14 @@ step (struct snapshot *s, uint64_t *cluster, uint64_t end, bool *mine)
   else if (snapshot_run (s, *cluster, end, &length) != ON_DISK)
     *cluster += length;
   else if ((copy = find_copy (s, *cluster, &stop)) != NULL) {
-    g_atomic_ref_count_inc (&copy->refs);
+    refs_inc (&copy->refs);
     *cluster = copy->first + copy->n;
   }
   else {
     length = MIN (length, stop - *cluster);
     length = MIN (length, MAX (MAX_PIECE >> s->cluster_bits, 1));
     copy = copy_new (s, *cluster, length);
-    g_atomic_ref_count_inc (&copy->refs);
+    refs_inc (&copy->refs);
     *cluster += length;
     *mine = true;
   }
@@ -501,9 +499,10 @@ save_range (struct save *save, uint64_t first, uint64_t end)
     if (others && error)
       copy_unref (others);
     /* That it failed for another is no reason not to try. */
-    else if (others && copy_wait (others, save) == ETIMEDOUT &&
-             is_late (save))
-      error = ETIMEDOUT;
+    else if (others) {
+      copy_wait (others, save);
+      error = save->gone ? ESHUTDOWN : is_late (save) ? ETIMEDOUT : 0;
+    }
   } while (others && !error);
   return error;
 }
@@ -544,6 +543,10 @@ snapshot_save (struct snapshot *s, const struct below *below,
   error = save_range (&save, first, end);
   if (!error || atomic_load (&s->ended))
     return 0;
+  if (save.gone) {
+    *err = ESHUTDOWN;
+    return -1;
+  }
   reason = explain (&save, error);
   if (s->break_snapshot) {
     snapshot_break (s, error, error == ETIMEDOUT, "%s", reason);

@@ -66,14 +66,14 @@ snapshot_free (struct snapshot *s)
 struct snapshot *
 snapshot_ref (struct snapshot *s)
 {
-  g_atomic_ref_count_inc (&s->refs);
+  refs_inc (&s->refs);
   return s;
 }
 
 void
 snapshot_unref (struct snapshot *s)
 {
-  if (s && g_atomic_ref_count_dec (&s->refs))
+  if (s && refs_dec (&s->refs))
     snapshot_free (s);
 }
 
@@ -140,7 +140,7 @@ snapshot_new (struct dirty_node *node, uint64_t size,
   if (!target)
     return NULL;
   s = g_new0 (struct snapshot, 1);
-  g_atomic_ref_count_init (&s->refs);
+  refs_init (&s->refs, 1);
   g_mutex_init (&s->lock);
   g_queue_init (&s->copies);
   s->node = node;

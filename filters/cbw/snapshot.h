@@ -59,7 +59,7 @@ struct frozen {
 struct copy;
 
 struct snapshot {
-  gatomicrefcount refs;
+  refs refs;
   struct dirty_node *node;
   char *name;
   char *bitmap;                 /* which limits it, or NULL */

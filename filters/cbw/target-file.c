@@ -188,7 +188,7 @@ file_new (const char *name)
   struct file *file = g_new0 (struct file, 1);
 
   file->target.ops = &ops;
-  g_atomic_ref_count_init (&file->target.refs);
+  refs_init (&file->target.refs, 1);
   file->target.name = g_strdup (name);
   file->target.minimum = 1;
   file->fd = -1;

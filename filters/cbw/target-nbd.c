@@ -20,6 +20,7 @@
 
 #include "dirty/node.h"
 
+#include "patience.h"
 #include "target.h"
 
 #ifdef HAVE_LIBNBD
@@ -331,21 +332,37 @@ request_pieces (struct nbd *nbd, enum kind kind, void *buf, uint64_t count,
   piece_done (pieces, 0);
 }
 
-/* Waiting for a request; it is freed by the last of the two who see that
- * it is done, as the waiting may be given up.
+/* Waiting for a request.  It may be given up, so the buffer is its own; it
+ * is freed by the last of the two who see that the request is done.
  */
 struct wait {
-  gatomicrefcount refs;
+  refs refs;
   GMutex lock;
   GCond cond;
   bool done;
   int error;
+  uint8_t buf[];
 };
+
+static struct wait *
+wait_new (size_t buf_size)
+{
+  struct wait *w = g_try_malloc (sizeof *w + buf_size);
+
+  if (!w)
+    return NULL;
+  refs_init (&w->refs, 2);
+  g_mutex_init (&w->lock);
+  g_cond_init (&w->cond);
+  w->done = false;
+  w->error = 0;
+  return w;
+}
 
 static void
 wait_unref (struct wait *w)
 {
-  if (!g_atomic_ref_count_dec (&w->refs))
+  if (!refs_dec (&w->refs))
     return;
   g_mutex_clear (&w->lock);
   g_cond_clear (&w->cond);
@@ -365,31 +382,18 @@ wait_done (gpointer opaque, int error)
   wait_unref (w);
 }
 
-/* Wait for it, at most so long unless seconds is 0. */
+/* limit as in patience.h. */
 static int
-request_wait (struct nbd *nbd, enum kind kind, void *buf, uint64_t count,
-              uint64_t offset, unsigned seconds)
+wait_until (struct wait *w, gint64 limit)
 {
-  struct wait *w = g_new0 (struct wait, 1);
-  const gint64 limit = g_get_monotonic_time () +
-    (gint64) seconds * G_USEC_PER_SEC;
   int error = 0;
 
-  g_atomic_ref_count_init (&w->refs);
-  g_atomic_ref_count_inc (&w->refs);
-  g_mutex_init (&w->lock);
-  g_cond_init (&w->cond);
-  request_pieces (nbd, kind, buf, count, offset, wait_done, w);
   g_mutex_lock (&w->lock);
   while (!w->done && !error)
-    if (seconds == 0)
-      g_cond_wait (&w->cond, &w->lock);
-    else if (!g_cond_wait_until (&w->cond, &w->lock, limit))
-      error = ETIMEDOUT;
+    error = patience_wait (&w->cond, &w->lock, limit);
   if (w->done)
     error = w->error;
   g_mutex_unlock (&w->lock);
-  wait_unref (w);
   return error;
 }
 
@@ -406,7 +410,18 @@ static int
 target_nbd_read (struct target *target, void *buf, uint32_t count,
                  uint64_t offset)
 {
-  return request_wait ((struct nbd *) target, READ, buf, count, offset, 0);
+  struct wait *w = wait_new (count);
+  int error;
+
+  if (!w)
+    return ENOMEM;
+  request_pieces ((struct nbd *) target, READ, w->buf, count, offset,
+                  wait_done, w);
+  error = wait_until (w, 0);
+  if (!error)
+    memcpy (buf, w->buf, count);
+  wait_unref (w);
+  return error;
 }
 
 /* That it fails does no harm: the space stays taken. */
@@ -414,10 +429,14 @@ static void
 target_nbd_discard (struct target *target, uint64_t offset, uint64_t count)
 {
   struct nbd *nbd = (struct nbd *) target;
+  struct wait *w = nbd->can_trim ? wait_new (0) : NULL;
 
-  if (nbd->can_trim)
-    request_wait (nbd, TRIM, NULL, count & -(uint64_t) target->minimum,
-                  offset, DISCARD_SECONDS);
+  if (!w)
+    return;
+  request_pieces (nbd, TRIM, NULL, count & -(uint64_t) target->minimum,
+                  offset, wait_done, w);
+  wait_until (w, g_get_monotonic_time () + DISCARD_SECONDS * G_USEC_PER_SEC);
+  wait_unref (w);
 }
 
 static void
@@ -522,7 +541,7 @@ target_open_nbd (const char *uri, uint64_t size, GError **error)
   GThread *thread;
 
   nbd->target.ops = &ops;
-  g_atomic_ref_count_init (&nbd->target.refs);
+  refs_init (&nbd->target.refs, 1);
   nbd->target.name = g_strdup (uri);
   g_mutex_init (&nbd->handle_lock);
   g_mutex_init (&nbd->list_lock);

@@ -19,6 +19,14 @@
 /* Threads for what may take long and nobody waits for. */
 #define LATER_THREADS 16
 
+/* How long the end of the server may be delayed by targets. */
+#define RETIRE_SECONDS 3
+
+/* Targets that are being retired. */
+static GMutex retiring_lock;
+static GCond retiring_changed;
+static unsigned retiring;
+
 static struct helpers *
 later (void)
 {
@@ -63,14 +71,14 @@ target_check_size (const struct target *target, uint64_t size,
 struct target *
 target_ref (struct target *target)
 {
-  g_atomic_ref_count_inc (&target->refs);
+  refs_inc (&target->refs);
   return target;
 }
 
 void
 target_unref (struct target *target)
 {
-  if (target && g_atomic_ref_count_dec (&target->refs))
+  if (target && refs_dec (&target->refs))
     target->ops->free (target);
 }
 
@@ -138,6 +146,10 @@ retire_now (gpointer opaque)
   if (errand->done)
     errand->done (errand->opaque, 0);
   g_free (errand);
+  g_mutex_lock (&retiring_lock);
+  retiring--;
+  g_cond_broadcast (&retiring_changed);
+  g_mutex_unlock (&retiring_lock);
 }
 
 void
@@ -152,5 +164,21 @@ target_retire (struct target *target, bool hangs, target_done done,
   errand->opaque = opaque;
   if (hangs)
     target->ops->cancel (target);
+  g_mutex_lock (&retiring_lock);
+  retiring++;
+  g_mutex_unlock (&retiring_lock);
   helpers_run (later (), retire_now, errand);
+}
+
+void
+target_wait_for_retired (void)
+{
+  const gint64 limit = g_get_monotonic_time () +
+    RETIRE_SECONDS * G_USEC_PER_SEC;
+
+  g_mutex_lock (&retiring_lock);
+  while (retiring > 0 &&
+         g_cond_wait_until (&retiring_changed, &retiring_lock, limit))
+    ;
+  g_mutex_unlock (&retiring_lock);
 }

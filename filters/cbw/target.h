@@ -24,6 +24,8 @@
 
 #include <glib.h>
 
+#include "refs.h"
+
 struct target;
 
 /* error is an errno value, or 0. */
@@ -43,7 +45,7 @@ struct target_ops {
 
 struct target {
   const struct target_ops *ops;
-  gatomicrefcount refs;
+  refs refs;
   char *name;                   /* for messages and queries */
   uint64_t size;                /* in bytes, at least the disk's */
   uint32_t minimum;             /* writes and reads are multiples of this */
@@ -89,6 +91,9 @@ extern void target_discard_later (struct target *target, uint64_t offset,
  */
 extern void target_retire (struct target *target, bool hangs,
                            target_done done, gpointer opaque);
+
+/* Wait, but not for ever, until that has happened for all of them. */
+extern void target_wait_for_retired (void);
 
 /* target-file.c, target-nbd.c; of these three each returns NULL with error
  * set.
