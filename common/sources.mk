@@ -5,6 +5,7 @@
 # which compiles them once more, instrumented.
 
 common_sources = \
+	control/actions.c \
 	control/args.c \
 	control/bitmap-commands.c \
 	control/control.c \
@@ -20,6 +21,7 @@ common_sources = \
 	dirty/persist-state.c \
 	dirty/persist-write.c \
 	dirty/transaction.c \
+	dirty/view.c \
 	qcow2/allocator.c \
 	qcow2/bitmap.c \
 	qcow2/bitmap-store.c \
@@ -51,6 +53,7 @@ common_sources = \
 	$(NULL)
 
 common_headers = \
+	control/actions.h \
 	control/args.h \
 	control/commands.h \
 	control/control.h \
@@ -64,6 +67,7 @@ common_headers = \
 	dirty/persist.h \
 	dirty/persist-internal.h \
 	dirty/transaction.h \
+	dirty/view.h \
 	qcow2/allocator.h \
 	qcow2/bitmap.h \
 	qcow2/bitmap-store.h \

@@ -15,7 +15,7 @@
 /* query-named-block-nodes. */
 extern void control_register_node_commands (void);
 
-/* block-dirty-bitmap-*, their digests, and transaction. */
+/* block-dirty-bitmap-*, and their digests. */
 extern void control_register_bitmap_commands (void);
 
 /* blockdev-set-active. */

@@ -20,6 +20,7 @@
 
 #include "control/commands.h"
 #include "control/control.h"
+#include "dirty/view.h"
 #include "utils/displayable.h"
 #include "utils/export-name.h"
 #include "utils/suite.h"
@@ -86,7 +87,7 @@ parse_clean (const char *value)
                   "use dirty-clean=hole or dirty-clean=zero", value);
     return -1;
   }
-  config.clean_is_zero = strcmp (value, "zero") == 0;
+  dirty_view_set_clean_is_zero (strcmp (value, "zero") == 0);
   return 0;
 }
 

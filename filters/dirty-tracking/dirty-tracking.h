@@ -24,7 +24,6 @@
 #include "dirty/node.h"
 
 struct config {
-  bool clean_is_zero;           /* in views */
   unsigned granularity_bits;    /* of new bitmaps; 0: the node's default */
   char *node;                   /* what the one node is called, or NULL */
 };

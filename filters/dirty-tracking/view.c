@@ -7,16 +7,8 @@
 
 /* Exports that show a bitmap: BASE/dirty/BITMAP.
  *
- * Their data is the disk's.  Their extents say what is dirty, in the only
- * words that clients without knowledge of bitmaps understand:
- *
- *    block                    by default         dirty-clean=zero
- *    clean                    HOLE               HOLE | ZERO
- *    dirty, with data         0                  0
- *    dirty, reads as zeroes   as below           0
- *
- * qemu-img convert -B takes a hole that is not zero for what it shall
- * leave to the backing file, nbdcopy --destination-is-zero skips zeroes.
+ * Their data is the disk's.  Their extents say what is dirty, in the words
+ * of common/dirty/view.h.
  */
 
 #include <config.h>
@@ -24,21 +16,11 @@
 #include <errno.h>
 #include <string.h>
 
+#include "dirty/view.h"
 #include "utils/displayable.h"
 #include "utils/export-name.h"
 
 #include "dirty-tracking.h"
-
-#define HOLE NBDKIT_EXTENT_HOLE
-#define ZERO NBDKIT_EXTENT_ZERO
-
-/* What a dirty block is if the layer below says type. */
-static uint32_t
-dirty_type (uint32_t type)
-{
-  /* A hole that is not zero would be taken for a clean block. */
-  return type & ZERO ? type : 0;
-}
 
 /* Has the client what it wants? */
 static bool
@@ -65,7 +47,7 @@ add_below (nbdkit_next *next, uint32_t count, uint64_t offset,
       const struct nbdkit_extent e = nbdkit_get_extent (below, i);
 
       if (nbdkit_add_extent (extents, e.offset, e.length,
-                             dirty_type (e.type)) == -1) {
+                             dirty_view_dirty_type (e.type)) == -1) {
         done = 0;
         break;
       }
@@ -80,7 +62,7 @@ static int
 add_dirty (nbdkit_next *next, uint32_t count, uint64_t offset,
            uint32_t flags, struct nbdkit_extents *extents, int *err)
 {
-  const int know = config.clean_is_zero ? 0 : next->can_extents (next);
+  const int know = dirty_view_clean_is_zero () ? 0 : next->can_extents (next);
 
   if (know == 0)
     return nbdkit_add_extent (extents, offset, count, 0);
@@ -100,7 +82,7 @@ view_extents (const struct handle *h, nbdkit_next *next, uint32_t count,
               uint64_t offset, uint32_t flags,
               struct nbdkit_extents *extents, int *err)
 {
-  const uint32_t clean = config.clean_is_zero ? HOLE | ZERO : HOLE;
+  const uint32_t clean = dirty_view_clean_type ();
 
   *err = EIO;
   while (count > 0 && !is_enough (extents, flags)) {

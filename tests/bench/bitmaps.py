@@ -31,7 +31,8 @@ class Control:
     def __call__(self, command, **arguments):
         self.socket.sendall(json.dumps(
             {"execute": command, "arguments": arguments}).encode())
-        reply = json.loads(self.lines.readline())
+        while "event" in (reply := json.loads(self.lines.readline())):
+            pass
         if "return" not in reply:
             raise RuntimeError(f"{command}: {reply}")
         return reply["return"]

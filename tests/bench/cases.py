@@ -11,6 +11,7 @@ import dataclasses
 
 from bitmaps import BITMAP_COUNT, BITMAP_MAP, BITMAP_MERGE
 from images import PASSPHRASE
+from snapshots import COLD_4K, COLD_64K, COLD_P99, IDLE, READ, WARM
 from workloads import (CHECK, COPY, MAP, RANDOM_4K, RANDOM_WRITE,
                        SEQUENTIAL_4K, SEQUENTIAL_WRITE, Workload)
 
@@ -73,6 +74,31 @@ def bitmap_case(name, title, workload):
                 writable=True, contenders=("ours", "qemu-sd"))
 
 
+def snapshot_case(name, title, workload, targets,
+                  contenders=("ours", "qemu-sd")):
+    return Case(f"cbw-{name}", title, "scratch", workload, targets,
+                filter="cbw", writable=True, contenders=contenders)
+
+
+QEMU_RATE = (Target(1.30, "qemu-sd"),)
+OUR_RATE = ("raw", "ours")
+
+SNAPSHOT_CASES = [
+    snapshot_case("cold-4k", "random 4 KiB writes, depth 16, every one of "
+                  "which copies 64 KiB", COLD_4K, QEMU_RATE),
+    snapshot_case("cold-64k", "random 64 KiB writes, depth 16, every one of "
+                  "which copies", COLD_64K, QEMU_RATE),
+    snapshot_case("cold-p99", "99 % of the writes of cbw-cold-4k are faster",
+                  COLD_P99, (Target(0.80, "qemu-sd"),)),
+    snapshot_case("warm", "random 4 KiB writes, depth 16, to what has been "
+                  "copied", WARM, (Target(0.95, "raw"),), OUR_RATE),
+    snapshot_case("read", "sequential copy of a snapshot while a guest "
+                  "writes", READ, (Target(0.77, "qemu-sd"),)),
+    snapshot_case("idle", "random 4 KiB writes, depth 16, no snapshot", IDLE,
+                  (Target(0.98, "raw"),), OUR_RATE),
+]
+
+
 CASES = [
     Case("seq-plain", "sequential copy, plain image", "plain", COPY,
          (Target(1.10, "raw"), Target(0.80, "qemu-nbd"))),
@@ -109,4 +135,5 @@ CASES = [
     bitmap_case("bitmap-count", "count what is dirty", BITMAP_COUNT),
     bitmap_case("bitmap-merge", "merge two bitmaps", BITMAP_MERGE),
     bitmap_case("bitmap-map", "map of a bitmap", BITMAP_MAP),
+    *SNAPSHOT_CASES,
 ]

@@ -78,17 +78,25 @@ def qcow2dec_argv(library, case, socket, pidfile):
                         library.path(case.image)], case, socket, pidfile)
 
 
-def storage_daemon_argv(library, case, socket, pidfile):
-    """QEMU's, with a disk of the same size that has no content."""
-    size = parse_size(case.plugin[1])
+def storage_daemon_argv(aio, library, case, socket, pidfile):
+    """QEMU's, with the image, or a disk of the same size as in the plugin
+    that has no content."""
     return (tools.program("QEMU_SD")
             + ["--pidfile", pidfile, "--blockdev",
-               f"driver=null-co,node-name=disk,size={size},"
-               "read-zeroes=on,discard=unmap",
+               daemon_disk(aio, library, case),
                "--nbd-server", f"addr.type=unix,addr.path={socket}",
                "--export", "nbd,id=disk,node-name=disk,name=,writable=on",
                "--chardev", f"socket,id=qmp,path={qmp_socket(socket)},"
                "server=on,wait=off", "--monitor", "chardev=qmp"])
+
+
+def daemon_disk(aio, library, case):
+    if case.plugin:
+        return (f"driver=null-co,node-name=disk,size={parse_size(case.plugin[1])},"
+                "read-zeroes=on,discard=unmap")
+    return (f"driver=raw,node-name=disk,discard=unmap,file.driver=file,"
+            f"file.aio={aio},file.discard=unmap,"
+            f"file.filename={library.path(case.image)}")
 
 
 def parse_size(text):
@@ -139,9 +147,11 @@ CONTENDERS = {
     "qcow2dec": Contender(
         {"": qcow2dec_argv},
         need=lambda: have_nbdkit_filter("qcow2dec"), extents=False),
-    # Only in the cases that are about bitmaps.
-    "qemu-sd": Contender({"": storage_daemon_argv},
-                         need=lambda: tools.program("QEMU_SD")),
+    # Only in the cases that are about bitmaps and snapshots.
+    "qemu-sd": Contender(
+        {f"aio={aio}": functools.partial(storage_daemon_argv, aio)
+         for aio in ("threads", "io_uring")},
+        need=lambda: tools.program("QEMU_SD")),
     # Only in the cases where it is a program that is measured.
     "qemu-img": Contender({}, need=lambda: tools.program("QEMU_IMG")),
 }

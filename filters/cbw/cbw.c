@@ -1,0 +1,895 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* nbdkit-cbw-filter: copy-before-write snapshots.
+ *
+ * A snapshot is the disk as it was when the snapshot was made.  What has
+ * not been written since then is still on the disk; of the rest, the old
+ * data was copied to the snapshot's target before it was overwritten.
+ *
+ * All reading of the disk happens on threads of connections, through their
+ * own contexts: a guest's write reads what it is about to change, and the
+ * reader of a view what is unchanged.  So the filter asks nothing special
+ * of the layers below, except that there can be two connections.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <string.h>
+
+#include "control/commands.h"
+#include "control/control.h"
+#include "utils/displayable.h"
+#include "utils/export-name.h"
+#include "utils/suite.h"
+
+#include "cbw.h"
+
+struct config config;
+
+/* Times that the filter stands in the chain. */
+static unsigned loaded;
+
+/* A connection to a disk, or to a view of one of its snapshots. */
+struct handle {
+  char *base;                   /* the export below */
+  struct snapshot *s;           /* of a view; NULL: the disk */
+  struct dirty_bits *bits;      /* of a view of what is dirty; of s */
+  char *description;            /* of a view */
+  bool server_is_read_only;
+  struct disk *disk;            /* of a guest; NULL until prepared */
+  bool node_is_open;
+  struct below below;           /* once prepared */
+};
+
+/* Names in messages may be a client's. */
+static int
+report (const GError *error)
+{
+  g_autofree char *message = qf_displayable (error->message, 4096);
+
+  nbdkit_error ("%s", message);
+  return -1;
+}
+
+static void
+cbw_load (void)
+{
+  loaded++;
+  config.directory = g_get_current_dir ();
+}
+
+static void
+cbw_unload (void)
+{
+  if (--loaded > 0)
+    return;
+  g_clear_pointer (&config.snapshots, g_ptr_array_unref);
+  g_clear_pointer (&config.target, g_free);
+  g_clear_pointer (&config.bitmap, g_free);
+  g_clear_pointer (&config.directory, g_free);
+  disks_forget_all ();
+  dirty_nodes_forget_all ();
+}
+
+/* Parameters. */
+
+static int
+parse_snapshot (const char *value)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (snapshot_check_name (value, &error) == -1) {
+    nbdkit_error ("cbw-snapshot: %s", error->message);
+    return -1;
+  }
+  if (!config.snapshots)
+    config.snapshots = g_ptr_array_new_with_free_func (g_free);
+  if (g_ptr_array_find_with_equal_func (config.snapshots, value, g_str_equal,
+                                        NULL)) {
+    nbdkit_error ("cbw-snapshot: \"%s\" was given twice", value);
+    return -1;
+  }
+  g_ptr_array_add (config.snapshots, g_strdup (value));
+  return 0;
+}
+
+/* A string that is given once. */
+static int
+parse_once (const char *key, const char *value, char **where)
+{
+  if (!*value) {
+    nbdkit_error ("%s: the value is missing", key);
+    return -1;
+  }
+  if (*where) {
+    nbdkit_error ("%s: the parameter was given twice", key);
+    return -1;
+  }
+  *where = g_strdup (value);
+  return 0;
+}
+
+static int
+parse_target (const char *value)
+{
+  if (parse_once ("cbw-target", value, &config.target) == -1)
+    return -1;
+  g_free (config.target);
+  config.target = commands_target (value);
+  return 0;
+}
+
+static int
+parse_on_error (const char *value)
+{
+  if (strcmp (value, "break-guest-write") != 0 &&
+      strcmp (value, "break-snapshot") != 0) {
+    nbdkit_error ("cbw-on-error: \"%s\" is not a known value; use "
+                  "cbw-on-error=break-guest-write or "
+                  "cbw-on-error=break-snapshot", value);
+    return -1;
+  }
+  config.break_snapshot = strcmp (value, "break-snapshot") == 0;
+  return 0;
+}
+
+static int
+parse_timeout (const char *value)
+{
+  uint32_t seconds;
+
+  if (nbdkit_parse_uint32_t ("cbw-timeout", value, &seconds) == -1)
+    return -1;
+  config.timeout = seconds;
+  return 0;
+}
+
+static int
+parse_cluster_size (const char *value)
+{
+  const int64_t size = nbdkit_parse_size (value);
+
+  if (size == -1)
+    return -1;
+  if (size < MIN_CLUSTER_SIZE || size > MAX_CLUSTER_SIZE ||
+      (size & (size - 1)) != 0) {
+    nbdkit_error ("cbw-cluster-size: \"%s\" is not a power of two between "
+                  "4K and 16M", value);
+    return -1;
+  }
+  config.cluster_size = size;
+  return 0;
+}
+
+static int
+parse_discard (const char *value)
+{
+  const int on = nbdkit_parse_bool (value);
+
+  if (on == -1)
+    return -1;
+  config.discard = on;
+  return 0;
+}
+
+static int
+cbw_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
+            const char *key, const char *value)
+{
+  g_autoptr (GError) error = NULL;
+  int r;
+
+  if (strcmp (key, "cbw-snapshot") == 0)
+    return parse_snapshot (value);
+  if (strcmp (key, "cbw-target") == 0)
+    return parse_target (value);
+  if (strcmp (key, "cbw-bitmap") == 0)
+    return parse_once (key, value, &config.bitmap);
+  if (strcmp (key, "cbw-on-error") == 0)
+    return parse_on_error (value);
+  if (strcmp (key, "cbw-timeout") == 0)
+    return parse_timeout (value);
+  if (strcmp (key, "cbw-cluster-size") == 0)
+    return parse_cluster_size (value);
+  if (strcmp (key, "cbw-discard") == 0)
+    return parse_discard (value);
+  r = control_config (key, value, &error);
+  if (r == 0)
+    r = dirty_nodes_config (key, value, &error);
+  if (r == -1)
+    return report (error);
+  return r == 1 ? 0 : next (nxdata, key, value);
+}
+
+#define cbw_config_help                                                 \
+  "cbw-snapshot=NAME           Make this snapshot at start; can be given\n" \
+  "                            more than once.\n"                       \
+  "cbw-target=PATH|URI         Where it keeps the old data (default: a\n" \
+  "                            temporary file in $TMPDIR).\n"           \
+  "cbw-bitmap=NAME             Limit it to what is dirty there.\n"      \
+  "cbw-on-error=break-guest-write|break-snapshot\n"                     \
+  "                            What happens if old data cannot be saved\n" \
+  "                            (default break-guest-write).\n"          \
+  "cbw-timeout=SECONDS         How long saving it may take (default: for\n" \
+  "                            ever).\n"                                \
+  "cbw-cluster-size=SIZE       What is copied at once (default 64K, or\n" \
+  "                            what the target prefers).\n"             \
+  "cbw-discard=on|off          Let readers discard (default off).\n"    \
+  "exports=one|each            Whether each export below is a disk of\n" \
+  "                            its own (default: as the plugin's dir\n" \
+  "                            parameter says).\n"                      \
+  CONTROL_CONFIG_HELP
+
+/* Parameters that make no sense together. */
+static int
+check_parameters (void)
+{
+  if (loaded > 1)
+    nbdkit_error ("the cbw filter can be used only once in a chain");
+  else if (config.target && !config.snapshots)
+    nbdkit_error ("cbw-target: there is no cbw-snapshot for which it could "
+                  "be; for a snapshot that is made at run time, give it to "
+                  "cbw-snapshot-create");
+  else if (config.bitmap && !config.snapshots)
+    nbdkit_error ("cbw-bitmap: there is no cbw-snapshot for which it could "
+                  "be; for a snapshot that is made at run time, give it to "
+                  "cbw-snapshot-create");
+  else if (config.target && config.snapshots->len > 1)
+    nbdkit_error ("cbw-target: several snapshots cannot share a target; "
+                  "leave it out, or give cbw-snapshot once");
+  else if (config.target && dirty_nodes_each ())
+    nbdkit_error ("cbw-target: each export is a disk here, whose snapshots "
+                  "cannot share a target; leave it out");
+  else
+    return 0;
+  return -1;
+}
+
+static int
+cbw_config_complete (nbdkit_next_config_complete *next,
+                     nbdkit_backend *nxdata)
+{
+  return check_parameters () == -1 ? -1 : next (nxdata);
+}
+
+static int
+cbw_get_ready (int thread_model)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (thread_model == NBDKIT_THREAD_MODEL_SERIALIZE_CONNECTIONS) {
+    nbdkit_error ("cbw: the plugin or another filter serves one client at a "
+                  "time (thread model serialize_connections), so that nobody "
+                  "could read a snapshot while the disk is in use");
+    return -1;
+  }
+  if (config.target && !target_is_uri (config.target) &&
+      target_check_file (config.target, &error) == -1) {
+    nbdkit_error ("cbw-target: %s", error->message);
+    return -1;
+  }
+  if (qf_suite_add (QF_CBW, &error) == -1)
+    return report (error);
+  commands_register ();
+  return control_get_ready (&error) == -1 ? report (error) : 0;
+}
+
+/* Disks. */
+
+/* A view, or a guest, has opened the disk. */
+static int
+open_disk (struct disk *disk, nbdkit_next *next, enum dirty_access access)
+{
+  const int64_t size = next->get_size (next);
+  g_autoptr (GError) error = NULL;
+
+  if (size == -1)
+    return -1;
+  if (dirty_node_open (disk->node, size, access, &error) == -1)
+    return report (error);
+  disk_check_size (disk, size);
+  if (disk_start (disk, &error) == -1) {
+    dirty_node_close (disk->node);
+    nbdkit_error ("cbw-snapshot: %s", error->message);
+    return -1;
+  }
+  return 0;
+}
+
+/* The layers below know it; they take a context of ours, which must be
+ * read-only, for a sign that the server is.
+ */
+static void
+start_known_disk (struct disk *disk)
+{
+  g_autoptr (GError) error = NULL;
+  bool sized;
+
+  dirty_lock ();
+  sized = disk->node->sized;
+  dirty_unlock ();
+  if (sized && disk_start (disk, &error) == -1)
+    nbdkit_error ("cbw-snapshot: %s", error->message);
+}
+
+static void
+open_disk_once (nbdkit_backend *backend, struct disk *disk)
+{
+  nbdkit_next *next = nbdkit_next_context_open (backend, 1, "", 1);
+
+  if (!next)
+    return;
+  if (next->prepare (next) == 0) {
+    if (open_disk (disk, next, DIRTY_UNKNOWN) == 0)
+      dirty_node_close (disk->node);
+    next->finalize (next);
+  }
+  nbdkit_next_context_close (next);
+}
+
+/* Let the one disk be known, and have its snapshots, before a client opens
+ * it.  If that is not possible now, it is tried when a client comes.
+ */
+static void
+start_disk (nbdkit_backend *backend)
+{
+  struct disk *disk = disk_of_node (dirty_node_of_export (""));
+
+  if (qf_suite_has (QF_DIRTY_TRACKING))
+    start_known_disk (disk);
+  else
+    open_disk_once (backend, disk);
+}
+
+static int
+cbw_after_fork (nbdkit_backend *backend)
+{
+  g_autoptr (GError) error = NULL;
+
+  if (!dirty_nodes_each ())
+    start_disk (backend);
+  if (control_after_fork (&error) == -1)
+    report (error);
+  return 0;
+}
+
+static void
+cbw_cleanup (nbdkit_backend *backend)
+{
+  control_cleanup ();
+  disks_end_all ();
+  target_wait_for_retired ();
+}
+
+/* Exports. */
+
+static char *
+describe_view (const char *snapshot, const char *bitmap)
+{
+  g_autofree char *shown = qf_displayable (snapshot, 512);
+  g_autofree char *shown_bitmap = bitmap ? qf_displayable (bitmap, 512) : NULL;
+
+  return bitmap ?
+    g_strdup_printf ("what was dirty in bitmap %s in snapshot %s",
+                     shown_bitmap, shown) :
+    g_strdup_printf ("the disk at one point in time, snapshot %s", shown);
+}
+
+static int
+list_view (const char *base, const char *name, const char *bitmap,
+           struct nbdkit_exports *exports)
+{
+  g_autofree char *both = bitmap ? g_strdup_printf ("%s/dirty/%s", name,
+                                                    bitmap) : NULL;
+  g_autofree char *export = qf_export_name_join (base, "snapshot",
+                                                 both ? both : name);
+  g_autofree char *description = describe_view (name, bitmap);
+
+  if (!export || nbdkit_exports_count (exports) >= QF_MAX_EXPORTS)
+    return 0;
+  return nbdkit_add_export (exports, export, description);
+}
+
+static int
+list_snapshot (const char *base, const struct snapshot *s,
+               struct nbdkit_exports *exports)
+{
+  int r = list_view (base, s->name, NULL, exports);
+
+  for (guint i = 0; i < s->frozen->len && r == 0; ++i) {
+    const struct frozen *frozen = g_ptr_array_index (s->frozen, i);
+
+    r = list_view (base, s->name, frozen->name, exports);
+  }
+  return r;
+}
+
+/* Can the export be a disk of which there are snapshots? */
+static bool
+is_disk (const char *name)
+{
+  g_autofree char *base = NULL, *view = NULL;
+
+  return !qf_export_name_split (name, &base, &view) &&
+    !qf_export_name_is_snapshot (name);
+}
+
+static GPtrArray *
+snapshots_of_export (const char *base)
+{
+  GPtrArray *list = g_ptr_array_new_with_free_func ((GDestroyNotify)
+                                                    snapshot_unref);
+  const struct dirty_node *node;
+  const struct disk *disk;
+
+  dirty_lock ();
+  node = dirty_node_of_known_export (base);
+  disk = node ? disk_of_known_node (node) : NULL;
+  for (guint i = 0; disk && i < disk->snapshots->len; ++i)
+    g_ptr_array_add (list, snapshot_ref (g_ptr_array_index (disk->snapshots,
+                                                            i)));
+  dirty_unlock ();
+  return list;
+}
+
+static int
+list_exports (const struct nbdkit_exports *below,
+              struct nbdkit_exports *exports)
+{
+  const size_t n = nbdkit_exports_count (below);
+  int r = 0;
+
+  for (size_t i = 0; i < n && r == 0; ++i) {
+    const struct nbdkit_export e = nbdkit_get_export (below, i);
+
+    r = nbdkit_add_export (exports, e.name, e.description);
+  }
+  for (size_t i = 0; i < n && r == 0; ++i) {
+    const char *base = nbdkit_get_export (below, i).name;
+    g_autoptr (GPtrArray) list = NULL;
+
+    if (!is_disk (base))
+      continue;
+    list = snapshots_of_export (base);
+    for (guint j = 0; j < list->len && r == 0; ++j)
+      r = list_snapshot (base, g_ptr_array_index (list, j), exports);
+  }
+  return r;
+}
+
+static int
+cbw_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+                  int readonly, int is_tls, struct nbdkit_exports *exports)
+{
+  struct nbdkit_exports *below = nbdkit_exports_new ();
+  int r = -1;
+
+  if (!below)
+    return -1;
+  if (next (nxdata, readonly, below) == 0)
+    r = list_exports (below, exports);
+  nbdkit_exports_free (below);
+  return r;
+}
+
+static const char *
+cbw_export_description (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->description ? h->description : next->export_description (next);
+}
+
+/* Connections. */
+
+static void
+handle_free (struct handle *h)
+{
+  snapshot_unref (h->s);
+  g_free (h->base);
+  g_free (h->description);
+  g_free (h);
+}
+
+static struct snapshot *
+find_snapshot (const char *base, const char *name)
+{
+  g_autoptr (GPtrArray) list = snapshots_of_export (base);
+
+  for (guint i = 0; i < list->len; ++i) {
+    struct snapshot *s = g_ptr_array_index (list, i);
+
+    if (strcmp (s->name, name) == 0)
+      return snapshot_ref (s);
+  }
+  return NULL;
+}
+
+static int
+fail_open (const char *fs, const char *name)
+{
+  g_autofree char *shown = qf_displayable (name, 512);
+
+  nbdkit_error (fs, shown);
+  return -1;
+}
+
+/* A view: "NAME" or "NAME/dirty/BITMAP". */
+static int
+parse_view (struct handle *h, const char *view)
+{
+  const char *slash = strstr (view, "/dirty/");
+  const char *bitmap = slash ? slash + strlen ("/dirty/") : NULL;
+  g_autofree char *name = g_strndup (view, slash ? (size_t) (slash - view) :
+                                     strlen (view));
+
+  h->s = find_snapshot (h->base, name);
+  if (!h->s)
+    return fail_open ("there is no snapshot with the name \"%s\"", name);
+  h->bits = bitmap ? snapshot_frozen (h->s, bitmap) : NULL;
+  if (bitmap && !h->bits)
+    return fail_open ("there was no bitmap with the name \"%s\" when the "
+                      "snapshot was made", bitmap);
+  h->description = describe_view (name, bitmap);
+  return 0;
+}
+
+/* Is it about a snapshot, and if so which? */
+static int
+parse_export (struct handle *h, const char *exportname)
+{
+  g_autofree char *base = NULL, *view = NULL;
+  const char *kind = qf_export_name_split (exportname, &base, &view);
+
+  h->base = g_strdup (kind ? base : exportname);
+  /* Where exports are files that may be the name of one. */
+  if (kind && strcmp (kind, "snapshot") == 0 && is_disk (base)) {
+    if (parse_view (h, view) == 0)
+      return 0;
+    if (!dirty_nodes_each ())
+      return -1;
+  }
+  g_free (h->base);
+  h->base = g_strdup (exportname);
+  return 0;
+}
+
+static void *
+cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
+          const char *exportname, int is_tls)
+{
+  struct handle *h = g_new0 (struct handle, 1);
+
+  h->server_is_read_only = readonly;
+  /* A view does not write either, but only the whole server is read-only:
+   * that is what the layers below shall conclude from it.
+   */
+  if (parse_export (h, exportname) == -1 ||
+      next (context, readonly, h->base) == -1) {
+    handle_free (h);
+    return NULL;
+  }
+  return h;
+}
+
+static void
+leave_disk (struct handle *h)
+{
+  if (h->node_is_open)
+    dirty_node_close (h->disk->node);
+  h->node_is_open = false;
+  h->disk = NULL;
+}
+
+static void
+cbw_close (void *handle)
+{
+  leave_disk (handle);
+  handle_free (handle);
+}
+
+static int
+prepare_below (struct below *below, nbdkit_next *next)
+{
+  const int can_extents = next->can_extents (next);
+  uint32_t minimum, preferred, maximum;
+
+  if (can_extents == -1 ||
+      next->block_size (next, &minimum, &preferred, &maximum) == -1)
+    return -1;
+  if (config.cluster_size && config.cluster_size < minimum) {
+    nbdkit_error ("cbw-cluster-size: clusters must have at least the %u bytes "
+                  "that the layers below can read", minimum);
+    return -1;
+  }
+  below->next = next;
+  below->can_extents = can_extents;
+  below->maximum = maximum ? MIN (maximum, MAX_CLUSTER_SIZE) :
+    MAX_CLUSTER_SIZE;
+  return 0;
+}
+
+static int
+check_view (const struct handle *h, nbdkit_next *next)
+{
+  const int64_t size = next->get_size (next);
+  int r = 0;
+
+  if (size == -1)
+    return -1;
+  if ((uint64_t) size < h->s->size)
+    snapshot_break (h->s, EIO, false, "the disk has become smaller");
+  g_mutex_lock (&h->s->lock);
+  if (h->s->reason) {
+    nbdkit_error ("snapshot %s cannot be read: %s", h->s->name,
+                  h->s->reason);
+    r = -1;
+  }
+  g_mutex_unlock (&h->s->lock);
+  return r;
+}
+
+static enum dirty_access
+access_of (const struct handle *h, nbdkit_next *next)
+{
+  if (h->server_is_read_only)
+    return DIRTY_READ_ONLY;
+  return next->can_write (next) == 1 ? DIRTY_WRITABLE : DIRTY_READ_ONLY;
+}
+
+static int
+cbw_prepare (nbdkit_next *next, void *handle, int readonly)
+{
+  struct handle *h = handle;
+
+  if (prepare_below (&h->below, next) == -1)
+    return -1;
+  if (h->s)
+    return check_view (h, next);
+  if (!is_disk (h->base))
+    return 0;
+  h->disk = disk_of_node (dirty_node_of_export (h->base));
+  if (open_disk (h->disk, next, access_of (h, next)) == -1) {
+    h->disk = NULL;
+    return -1;
+  }
+  h->node_is_open = true;
+  return 0;
+}
+
+static int
+cbw_finalize (nbdkit_next *next, void *handle)
+{
+  leave_disk (handle);
+  return 0;
+}
+
+/* What can be done with a disk or a view. */
+
+static int64_t
+cbw_get_size (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? (int64_t) h->s->size : next->get_size (next);
+}
+
+/* Writing to a view is only permitted for nbdkit to let trims through. */
+static int
+cbw_can_write (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? config.discard : next->can_write (next);
+}
+
+static int
+cbw_can_trim (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? config.discard : next->can_trim (next);
+}
+
+static int
+cbw_can_zero (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? NBDKIT_ZERO_NATIVE : next->can_zero (next);
+}
+
+static int
+cbw_can_fast_zero (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? 0 : next->can_fast_zero (next);
+}
+
+static int
+cbw_can_flush (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? 1 : next->can_flush (next);
+}
+
+static int
+cbw_can_fua (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? NBDKIT_FUA_NATIVE : next->can_fua (next);
+}
+
+static int
+cbw_can_multi_conn (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? 1 : next->can_multi_conn (next);
+}
+
+static int
+cbw_can_extents (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? 1 : next->can_extents (next);
+}
+
+static int
+cbw_can_cache (nbdkit_next *next, void *handle)
+{
+  const struct handle *h = handle;
+
+  return h->s ? NBDKIT_CACHE_NONE : next->can_cache (next);
+}
+
+/* Requests. */
+
+static int
+cbw_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
+           uint64_t offset, uint32_t flags, int *err)
+{
+  const struct handle *h = handle;
+
+  if (h->s)
+    return snapshot_read (h->s, &h->below, buf, count, offset, err);
+  return next->pread (next, buf, count, offset, flags, err);
+}
+
+/* Let a write in; -1 with *err set if it is not. */
+static int
+begin_write (const struct handle *h, uint32_t count, uint64_t offset,
+             int *err)
+{
+  if (h->s) {
+    *err = EPERM;
+    return -1;
+  }
+  return h->disk ? disk_begin_write (h->disk, &h->below, offset, count, err) :
+    0;
+}
+
+static void
+end_write (const struct handle *h)
+{
+  if (h->disk)
+    disk_end_write (h->disk);
+}
+
+static int
+cbw_pwrite (nbdkit_next *next, void *handle, const void *buf, uint32_t count,
+            uint64_t offset, uint32_t flags, int *err)
+{
+  int r = begin_write (handle, count, offset, err);
+
+  if (r == 0) {
+    r = next->pwrite (next, buf, count, offset, flags, err);
+    end_write (handle);
+  }
+  return r;
+}
+
+static int
+cbw_zero (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+          uint32_t flags, int *err)
+{
+  int r = begin_write (handle, count, offset, err);
+
+  if (r == 0) {
+    r = next->zero (next, count, offset, flags, err);
+    end_write (handle);
+  }
+  return r;
+}
+
+static int
+cbw_trim (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+          uint32_t flags, int *err)
+{
+  struct handle *h = handle;
+  int r;
+
+  if (h->s) {
+    snapshot_discard (h->s, offset, count);
+    return 0;
+  }
+  r = begin_write (h, count, offset, err);
+  if (r == 0) {
+    r = next->trim (next, count, offset, flags, err);
+    end_write (h);
+  }
+  return r;
+}
+
+static int
+cbw_flush (nbdkit_next *next, void *handle, uint32_t flags, int *err)
+{
+  const struct handle *h = handle;
+
+  return h->s ? 0 : next->flush (next, flags, err);
+}
+
+static int
+cbw_extents (nbdkit_next *next, void *handle, uint32_t count,
+             uint64_t offset, uint32_t flags, struct nbdkit_extents *extents,
+             int *err)
+{
+  const struct handle *h = handle;
+
+  if (h->s)
+    return snapshot_extents (h->s, &h->below, h->bits, count, offset, flags,
+                             extents, err);
+  return next->extents (next, count, offset, flags, extents, err);
+}
+
+static struct nbdkit_filter filter = {
+  .name = "cbw",
+  .longname = "nbdkit cbw filter",
+  .description = "Shows the disk as it was at points in time, while it is "
+                 "being written.",
+  .load = cbw_load,
+  .unload = cbw_unload,
+  .config = cbw_config,
+  .config_complete = cbw_config_complete,
+  .config_help = cbw_config_help,
+  .get_ready = cbw_get_ready,
+  .after_fork = cbw_after_fork,
+  .cleanup = cbw_cleanup,
+  .list_exports = cbw_list_exports,
+  .export_description = cbw_export_description,
+  .open = cbw_open,
+  .close = cbw_close,
+  .prepare = cbw_prepare,
+  .finalize = cbw_finalize,
+  .get_size = cbw_get_size,
+  .can_write = cbw_can_write,
+  .can_trim = cbw_can_trim,
+  .can_zero = cbw_can_zero,
+  .can_fast_zero = cbw_can_fast_zero,
+  .can_flush = cbw_can_flush,
+  .can_fua = cbw_can_fua,
+  .can_multi_conn = cbw_can_multi_conn,
+  .can_extents = cbw_can_extents,
+  .can_cache = cbw_can_cache,
+  .pread = cbw_pread,
+  .pwrite = cbw_pwrite,
+  .zero = cbw_zero,
+  .trim = cbw_trim,
+  .flush = cbw_flush,
+  .extents = cbw_extents,
+};
+
+/* nbdkit-filter.h defines it without a declaration. */
+extern struct nbdkit_filter *filter_init (void);
+
+NBDKIT_REGISTER_FILTER (filter)

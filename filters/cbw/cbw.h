@@ -1,0 +1,101 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* The cbw filter:
+ *
+ *    cbw.c        parameters; connections and their requests
+ *    disk.c       disks and the snapshots that they have
+ *    commands.c   QMP
+ *    snapshot.h   one snapshot
+ *    target.h     where it keeps what was on the disk
+ */
+
+#ifndef CBW_H
+#define CBW_H
+
+#include "snapshot.h"
+
+struct config {
+  GPtrArray *snapshots;         /* names of those made at start, or NULL */
+  char *target;                 /* of the one made at start, or NULL */
+  char *bitmap;                 /* of those made at start, or NULL */
+  bool break_snapshot;
+  uint64_t timeout;             /* seconds */
+  uint32_t cluster_size;        /* bytes, 0: choose */
+  bool discard;
+  char *directory;              /* in which we were started */
+};
+extern struct config config;
+
+/* A list of snapshots which is never changed, only replaced. */
+typedef GPtrArray snapshot_list;
+
+struct disk {
+  struct dirty_node *node;
+  /* Replaced with the lock of dirty/node.h held and the gates closed; so
+   * it is right for who holds the lock, or is inside the gate.
+   */
+  snapshot_list *snapshots;
+  bool started;                 /* those made at start are there */
+};
+
+/* disk.c */
+
+/* Takes the lock.  The disk of a node, made if need be. */
+extern struct disk *disk_of_node (struct dirty_node *node);
+
+/* The same if there is one already, with the lock held; else NULL. */
+extern struct disk *disk_of_known_node (const struct dirty_node *node);
+
+/* With the lock held; NULL if there is none of this name. */
+extern struct snapshot *disk_find (const struct disk *disk,
+                                   const char *name);
+
+/* In a transaction: from now on the snapshot, made of this node, is there.
+ * The disk takes a reference of its own.
+ */
+struct dirty_transaction;
+extern int disk_add (struct dirty_transaction *t, struct disk *disk,
+                     struct snapshot *s, GError **error);
+
+/* Takes the lock.  Take it off the list; the list's reference becomes the
+ * caller's.  NULL with error set.
+ */
+extern struct snapshot *disk_remove (const char *node, const char *name,
+                                     GError **error);
+
+/* Takes the lock.  Make the snapshots that the command line asks for, if
+ * that has not been done; the size of the disk is known.
+ */
+extern int disk_start (struct disk *disk, GError **error);
+
+/* Takes the lock.  The disk has become this small. */
+extern void disk_check_size (struct disk *disk, uint64_t size);
+
+/* With the lock held. */
+extern void disk_foreach_snapshot (void (*call) (struct snapshot *s,
+                                                 gpointer opaque),
+                                   gpointer opaque);
+
+/* No more waiting: all snapshots end, as the server does. */
+extern void disks_end_all (void);
+extern void disks_forget_all (void);
+
+/* A write is let in when all snapshots have what it will change.  Returns
+ * -1 with *err set if it must fail; else disk_end_write follows.
+ */
+extern int disk_begin_write (struct disk *disk, const struct below *below,
+                             uint64_t offset, uint32_t count, int *err);
+extern void disk_end_write (struct disk *disk);
+
+/* commands.c */
+extern void commands_register (void);
+
+/* Complete a target's name: a path is taken from where we were started. */
+extern char *commands_target (const char *name);
+
+#endif /* CBW_H */

@@ -1,0 +1,582 @@
+/* nbdkit-qcow2-filters
+ * Copyright the nbdkit-qcow2-filters authors
+ *
+ * SPDX-License-Identifier: BSD-3-Clause
+ * The full text is in the file LICENSE.
+ */
+
+/* NBD servers as targets.
+ *
+ * A thread of ours lets libnbd make progress, and runs what is to be done
+ * when a request is complete: outside of libnbd, which does not allow its
+ * callbacks to issue requests.
+ *
+ * A server that hangs cannot hold us: the thread closes the connection
+ * when it is told to, after which libnbd touches no buffer any more, and
+ * then all requests that are left fail.
+ */
+
+#include <config.h>
+
+#include "dirty/node.h"
+
+#include "patience.h"
+#include "target.h"
+
+#ifdef HAVE_LIBNBD
+
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <libnbd.h>
+
+/* How long a server may take until it can be used, in seconds, and to free
+ * the space of what is no longer wanted.
+ */
+#define CONNECT_SECONDS 30
+#define DISCARD_SECONDS 5
+
+/* The most that is asked for at once, in bytes. */
+#define MAX_REQUEST (UINT32_C (32) << 20)
+#define MAX_DISCARD (UINT32_C (1) << 30)
+
+struct request;
+
+struct nbd {
+  struct target target;
+  int wakeup;                   /* eventfd: something changed */
+  uint32_t maximum;             /* bytes in a request */
+  bool can_trim;
+  atomic_bool stop;             /* close the connection */
+
+  GMutex handle_lock;           /* held to issue requests, and to close */
+  struct nbd_handle *h;         /* NULL: closed */
+
+  GMutex list_lock;             /* for the rest; inside libnbd's locks */
+  struct request *pending, *complete;
+  bool orphan;                  /* nobody has a reference */
+};
+
+/* A piece of a request. */
+struct request {
+  struct request *previous, *next; /* in a list of the target's */
+  struct nbd *nbd;
+  int error;
+  target_done done;
+  gpointer opaque;
+};
+
+/* Lists. */
+
+static void
+list_add (struct request **list, struct request *rq)
+{
+  rq->previous = NULL;
+  rq->next = *list;
+  if (rq->next)
+    rq->next->previous = rq;
+  *list = rq;
+}
+
+static void
+list_remove (struct request **list, struct request *rq)
+{
+  if (rq->previous)
+    rq->previous->next = rq->next;
+  else
+    *list = rq->next;
+  if (rq->next)
+    rq->next->previous = rq->previous;
+}
+
+static void
+wake (struct nbd *nbd)
+{
+  const uint64_t one = 1;
+
+  /* Fails only if the counter is full, and then it wakes as well. */
+  if (write (nbd->wakeup, &one, sizeof one) == -1)
+    return;
+}
+
+/* libnbd's callback. */
+static int
+completed (void *opaque, int *err)
+{
+  struct request *rq = opaque;
+  struct nbd *nbd = rq->nbd;
+
+  g_mutex_lock (&nbd->list_lock);
+  rq->error = *err;
+  list_remove (&nbd->pending, rq);
+  list_add (&nbd->complete, rq);
+  g_mutex_unlock (&nbd->list_lock);
+  return 1;                     /* retire the command */
+}
+
+/* The thread. */
+
+static void
+run_complete (struct nbd *nbd)
+{
+  struct request *list, *next;
+
+  g_mutex_lock (&nbd->list_lock);
+  list = nbd->complete;
+  nbd->complete = NULL;
+  g_mutex_unlock (&nbd->list_lock);
+  for (; list; list = next) {
+    next = list->next;
+    list->done (list->opaque, list->error);
+    g_free (list);
+  }
+}
+
+static void
+close_handle (struct nbd *nbd)
+{
+  g_mutex_lock (&nbd->handle_lock);
+  g_clear_pointer (&nbd->h, nbd_close);
+  g_mutex_unlock (&nbd->handle_lock);
+}
+
+/* The handle is closed. */
+static void
+fail_pending (struct nbd *nbd)
+{
+  g_mutex_lock (&nbd->list_lock);
+  while (nbd->pending) {
+    struct request *rq = nbd->pending;
+
+    rq->error = ESHUTDOWN;
+    list_remove (&nbd->pending, rq);
+    list_add (&nbd->complete, rq);
+  }
+  g_mutex_unlock (&nbd->list_lock);
+}
+
+static void
+destroy (struct nbd *nbd)
+{
+  if (nbd->wakeup != -1)
+    close (nbd->wakeup);
+  g_mutex_clear (&nbd->handle_lock);
+  g_mutex_clear (&nbd->list_lock);
+  g_free (nbd->target.name);
+  g_free (nbd);
+}
+
+static void
+wait_for_events (struct nbd *nbd)
+{
+  const unsigned dir = nbd_aio_get_direction (nbd->h);
+  const bool alive = !nbd_aio_is_dead (nbd->h) && !nbd_aio_is_closed (nbd->h);
+  struct pollfd fds[2] = {
+    { .fd = nbd->wakeup, .events = POLLIN },
+    { .fd = alive ? nbd_aio_get_fd (nbd->h) : -1 },
+  };
+  uint64_t n;
+
+  if (dir & LIBNBD_AIO_DIRECTION_READ)
+    fds[1].events |= POLLIN;
+  if (dir & LIBNBD_AIO_DIRECTION_WRITE)
+    fds[1].events |= POLLOUT;
+  if (poll (fds, 2, -1) == -1)
+    return;
+  if (fds[0].revents && read (nbd->wakeup, &n, sizeof n) == -1)
+    return;
+  /* An error here completes all requests with an error. */
+  if ((dir & LIBNBD_AIO_DIRECTION_READ) &&
+      (fds[1].revents & (POLLIN | POLLHUP | POLLERR)))
+    nbd_aio_notify_read (nbd->h);
+  else if ((dir & LIBNBD_AIO_DIRECTION_WRITE) &&
+           (fds[1].revents & (POLLOUT | POLLHUP | POLLERR)))
+    nbd_aio_notify_write (nbd->h);
+}
+
+static bool
+is_orphan (struct nbd *nbd)
+{
+  bool orphan;
+
+  g_mutex_lock (&nbd->list_lock);
+  orphan = nbd->orphan;
+  g_mutex_unlock (&nbd->list_lock);
+  return orphan;
+}
+
+static gpointer
+progress (gpointer opaque)
+{
+  struct nbd *nbd = opaque;
+  struct pollfd fd = { .fd = nbd->wakeup, .events = POLLIN };
+  uint64_t n;
+
+  while (!atomic_load (&nbd->stop)) {
+    wait_for_events (nbd);
+    run_complete (nbd);
+  }
+  close_handle (nbd);
+  fail_pending (nbd);
+  run_complete (nbd);
+  /* It remains for those who still have a reference to a dead target. */
+  while (!is_orphan (nbd))
+    if (poll (&fd, 1, -1) == 1 && read (nbd->wakeup, &n, sizeof n) == -1)
+      continue;
+  destroy (nbd);
+  return NULL;
+}
+
+/* Requests. */
+
+enum kind { WRITE, READ, TRIM };
+
+static int64_t
+issue (struct nbd *nbd, struct request *rq, enum kind kind, void *buf,
+       uint32_t count, uint64_t offset)
+{
+  const nbd_completion_callback cb = { .callback = completed,
+                                       .user_data = rq };
+
+  switch (kind) {
+  case WRITE: return nbd_aio_pwrite (nbd->h, buf, count, offset, cb, 0);
+  case READ: return nbd_aio_pread (nbd->h, buf, count, offset, cb, 0);
+  default: return nbd_aio_trim (nbd->h, count, offset, cb, 0);
+  }
+}
+
+/* done is called later, or here if the request cannot be issued. */
+static void
+request (struct nbd *nbd, enum kind kind, void *buf, uint32_t count,
+         uint64_t offset, target_done done, gpointer opaque)
+{
+  struct request *rq = g_new0 (struct request, 1);
+  int64_t cookie = -1;
+
+  rq->nbd = nbd;
+  rq->done = done;
+  rq->opaque = opaque;
+  g_mutex_lock (&nbd->handle_lock);
+  if (nbd->h) {
+    g_mutex_lock (&nbd->list_lock);
+    list_add (&nbd->pending, rq);
+    g_mutex_unlock (&nbd->list_lock);
+    cookie = issue (nbd, rq, kind, buf, count, offset);
+    if (cookie == -1) {
+      g_mutex_lock (&nbd->list_lock);
+      list_remove (&nbd->pending, rq);
+      g_mutex_unlock (&nbd->list_lock);
+    }
+  }
+  g_mutex_unlock (&nbd->handle_lock);
+  if (cookie != -1)
+    wake (nbd);
+  else {
+    done (opaque, EIO);
+    g_free (rq);
+  }
+}
+
+/* A request in pieces. */
+struct pieces {
+  atomic_uint left;             /* one more while they are being issued */
+  atomic_int error;
+  target_done done;
+  gpointer opaque;
+};
+
+static void
+piece_done (gpointer opaque, int error)
+{
+  struct pieces *pieces = opaque;
+
+  if (error)
+    atomic_store (&pieces->error, error);
+  if (atomic_fetch_sub (&pieces->left, 1) == 1) {
+    pieces->done (pieces->opaque, atomic_load (&pieces->error));
+    g_free (pieces);
+  }
+}
+
+static void
+request_pieces (struct nbd *nbd, enum kind kind, void *buf, uint64_t count,
+                uint64_t offset, target_done done, gpointer opaque)
+{
+  const uint32_t most = kind == TRIM ? MAX_DISCARD & ~(nbd->maximum - 1) :
+    nbd->maximum;
+  struct pieces *pieces;
+
+  if (count <= most) {
+    request (nbd, kind, buf, count, offset, done, opaque);
+    return;
+  }
+  pieces = g_new0 (struct pieces, 1);
+  atomic_init (&pieces->left, 1);
+  pieces->done = done;
+  pieces->opaque = opaque;
+  while (count > 0) {
+    const uint32_t n = MIN (count, most);
+
+    atomic_fetch_add (&pieces->left, 1);
+    request (nbd, kind, buf, n, offset, piece_done, pieces);
+    if (buf)
+      buf = (uint8_t *) buf + n;
+    offset += n;
+    count -= n;
+  }
+  piece_done (pieces, 0);
+}
+
+/* Waiting for a request.  It may be given up, so the buffer is its own; it
+ * is freed by the last of the two who see that the request is done.
+ */
+struct wait {
+  refs refs;
+  GMutex lock;
+  GCond cond;
+  bool done;
+  int error;
+  uint8_t buf[];
+};
+
+static struct wait *
+wait_new (size_t buf_size)
+{
+  struct wait *w = g_try_malloc (sizeof *w + buf_size);
+
+  if (!w)
+    return NULL;
+  refs_init (&w->refs, 2);
+  g_mutex_init (&w->lock);
+  g_cond_init (&w->cond);
+  w->done = false;
+  w->error = 0;
+  return w;
+}
+
+static void
+wait_unref (struct wait *w)
+{
+  if (!refs_dec (&w->refs))
+    return;
+  g_mutex_clear (&w->lock);
+  g_cond_clear (&w->cond);
+  g_free (w);
+}
+
+static void
+wait_done (gpointer opaque, int error)
+{
+  struct wait *w = opaque;
+
+  g_mutex_lock (&w->lock);
+  w->done = true;
+  w->error = error;
+  g_cond_signal (&w->cond);
+  g_mutex_unlock (&w->lock);
+  wait_unref (w);
+}
+
+/* limit as in patience.h. */
+static int
+wait_until (struct wait *w, gint64 limit)
+{
+  int error = 0;
+
+  g_mutex_lock (&w->lock);
+  while (!w->done && !error)
+    error = patience_wait (&w->cond, &w->lock, limit);
+  if (w->done)
+    error = w->error;
+  g_mutex_unlock (&w->lock);
+  return error;
+}
+
+static void
+target_nbd_write (struct target *target, const void *buf, uint32_t count,
+                  uint64_t offset, bool direct, target_done done,
+                  gpointer opaque)
+{
+  request_pieces ((struct nbd *) target, WRITE, (void *) buf, count, offset,
+                  done, opaque);
+}
+
+static int
+target_nbd_read (struct target *target, void *buf, uint32_t count,
+                 uint64_t offset)
+{
+  struct wait *w = wait_new (count);
+  int error;
+
+  if (!w)
+    return ENOMEM;
+  request_pieces ((struct nbd *) target, READ, w->buf, count, offset,
+                  wait_done, w);
+  error = wait_until (w, 0);
+  if (!error)
+    memcpy (buf, w->buf, count);
+  wait_unref (w);
+  return error;
+}
+
+/* That it fails does no harm: the space stays taken. */
+static void
+target_nbd_discard (struct target *target, uint64_t offset, uint64_t count)
+{
+  struct nbd *nbd = (struct nbd *) target;
+  struct wait *w = nbd->can_trim ? wait_new (0) : NULL;
+
+  if (!w)
+    return;
+  request_pieces (nbd, TRIM, NULL, count & -(uint64_t) target->minimum,
+                  offset, wait_done, w);
+  wait_until (w, g_get_monotonic_time () + DISCARD_SECONDS * G_USEC_PER_SEC);
+  wait_unref (w);
+}
+
+static void
+target_nbd_purge (struct target *target)
+{
+  target_nbd_discard (target, 0, target->size);
+}
+
+static void
+target_nbd_cancel (struct target *target)
+{
+  struct nbd *nbd = (struct nbd *) target;
+
+  atomic_store (&nbd->stop, true);
+  wake (nbd);
+}
+
+/* The thread does it, and only then closes the descriptor. */
+static void
+target_nbd_free (struct target *target)
+{
+  struct nbd *nbd = (struct nbd *) target;
+
+  g_mutex_lock (&nbd->list_lock);
+  atomic_store (&nbd->stop, true);
+  nbd->orphan = true;
+  wake (nbd);
+  g_mutex_unlock (&nbd->list_lock);
+}
+
+static const struct target_ops ops = {
+  .write = target_nbd_write,
+  .read = target_nbd_read,
+  .discard = target_nbd_discard,
+  .purge = target_nbd_purge,
+  .cancel = target_nbd_cancel,
+  .free = target_nbd_free,
+};
+
+/* Opening. */
+
+static int
+fail_libnbd (GError **error, const char *uri)
+{
+  const int code = nbd_get_errno ();
+
+  return dirty_fail (error, code ? code : EIO, "target %s: %s", uri,
+                     nbd_get_error ());
+}
+
+/* nbd_connect_uri waits for ever for a server that says nothing. */
+static int
+connect_uri (struct nbd *nbd, const char *uri, GError **error)
+{
+  const gint64 limit = g_get_monotonic_time () +
+    CONNECT_SECONDS * G_USEC_PER_SEC;
+
+  nbd->h = nbd_create ();
+  if (!nbd->h || nbd_aio_connect_uri (nbd->h, uri) == -1)
+    return fail_libnbd (error, uri);
+  while (nbd_aio_is_connecting (nbd->h)) {
+    if (g_get_monotonic_time () > limit)
+      return dirty_fail (error, ETIMEDOUT, "target %s: the server did not "
+                         "answer within %d seconds", uri, CONNECT_SECONDS);
+    if (nbd_poll (nbd->h, 100) == -1)
+      return fail_libnbd (error, uri);
+  }
+  return nbd_aio_is_ready (nbd->h) ? 0 : fail_libnbd (error, uri);
+}
+
+static int
+inspect (struct nbd *nbd, const char *uri, GError **error)
+{
+  const int64_t size = nbd_get_size (nbd->h);
+  const int64_t minimum = nbd_get_block_size (nbd->h, LIBNBD_SIZE_MINIMUM);
+  const int64_t preferred = nbd_get_block_size (nbd->h,
+                                                LIBNBD_SIZE_PREFERRED);
+  const int64_t maximum = nbd_get_block_size (nbd->h, LIBNBD_SIZE_MAXIMUM);
+  const int read_only = nbd_is_read_only (nbd->h);
+  const int can_trim = nbd_can_trim (nbd->h);
+
+  if (size == -1 || minimum == -1 || preferred == -1 || maximum == -1 ||
+      read_only == -1 || can_trim == -1)
+    return fail_libnbd (error, uri);
+  if (read_only)
+    return dirty_fail (error, EROFS, "target %s: the export is read-only",
+                       uri);
+  nbd->target.minimum = MAX (minimum, 1);
+  nbd->target.preferred = MAX (preferred, 1);
+  nbd->target.size = size & -(uint64_t) nbd->target.minimum;
+  nbd->maximum = maximum ? MIN (maximum, MAX_REQUEST) : MAX_REQUEST;
+  nbd->maximum = MAX (nbd->maximum & -nbd->target.minimum,
+                      nbd->target.minimum);
+  nbd->can_trim = can_trim;
+  return 0;
+}
+
+struct target *
+target_open_nbd (const char *uri, uint64_t size, GError **error)
+{
+  struct nbd *nbd = g_new0 (struct nbd, 1);
+  GThread *thread;
+
+  nbd->target.ops = &ops;
+  refs_init (&nbd->target.refs, 1);
+  nbd->target.name = g_strdup (uri);
+  g_mutex_init (&nbd->handle_lock);
+  g_mutex_init (&nbd->list_lock);
+  nbd->wakeup = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (nbd->wakeup == -1) {
+    dirty_fail (error, errno, "eventfd: %s", g_strerror (errno));
+    goto error;
+  }
+  if (connect_uri (nbd, uri, error) == -1 ||
+      inspect (nbd, uri, error) == -1 ||
+      target_check_size (&nbd->target, size, error) == -1)
+    goto error;
+  thread = g_thread_try_new ("cbw-nbd", progress, nbd, error);
+  if (!thread)
+    goto error;
+  g_thread_unref (thread);
+  return &nbd->target;
+
+ error:
+  nbd_close (nbd->h);
+  nbd->h = NULL;
+  destroy (nbd);
+  return NULL;
+}
+
+#else /* !HAVE_LIBNBD */
+
+#include <errno.h>
+
+struct target *
+target_open_nbd (const char *uri, uint64_t size, GError **error)
+{
+  dirty_fail (error, ENOTSUP, "target %s: this build has no support for NBD "
+              "servers (libnbd)", uri);
+  return NULL;
+}
+
+#endif
