@@ -11,6 +11,7 @@ import dataclasses
 
 from bitmaps import BITMAP_COUNT, BITMAP_MAP, BITMAP_MERGE
 from images import PASSPHRASE
+from persist import COLD, END, WARM as WARM_INTENT
 from snapshots import COLD_4K, COLD_64K, COLD_P99, IDLE, READ, WARM
 from workloads import (CHECK, COPY, MAP, RANDOM_4K, RANDOM_WRITE,
                        SEQUENTIAL_4K, SEQUENTIAL_WRITE, Workload)
@@ -32,10 +33,11 @@ class Case:
     image: str
     workload: Workload
     targets: tuple = ()
-    # Of our filter; {directory} is where the images are.
+    # Of our filters; {directory} is where the images are, {socket} a
+    # name that is the server's alone.
     parameters: tuple = ()
     encrypted: bool = False
-    # Our filter; if it is not qcow2, "raw" is the same without it.
+    # Our filters; if they are not qcow2, "raw" is the same without them.
     filter: str = "qcow2"
     # Instead of an image in the file plugin; the disk is written to.
     plugin: tuple = ()
@@ -72,6 +74,29 @@ def bitmap_case(name, title, workload):
                 ("dirty-bitmap=b0", "dirty-bitmap=b1,disabled=on"),
                 filter="dirty-tracking", plugin=("memory", "64T"),
                 writable=True, contenders=("ours", "qemu-sd"))
+
+
+def persist_case(name, title, workload, targets=(), bitmaps=1, **kwargs):
+    """With bitmaps that are kept, and with the same if they are not."""
+    return Case(f"persist-{name}", title, "scratch", workload, targets,
+                ("bitmap-store={socket}.qcow2",
+                 *(f"dirty-bitmap=b{i},persistent=on"
+                   for i in range(bitmaps))),
+                filter="dirty-tracking,bitmap-persist", writable=True,
+                **kwargs)
+
+
+PERSIST_CASES = [
+    persist_case("warm", "random 4 KiB writes, depth 16, to regions that "
+                 "have been written to", WARM_INTENT,
+                 (Target(0.95, "tracking"),),
+                 contenders=("tracking", "ours")),
+    persist_case("cold", "4 KiB written to each region, depth 16", COLD,
+                 contenders=("tracking", "ours")),
+    persist_case("end", "clean end, 16 bitmaps of 16 TiB, 20,000 blocks "
+                 "changed", END, (Target(2.00),), 16,
+                 plugin=("memory", "16T"), contenders=("ours",)),
+]
 
 
 def snapshot_case(name, title, workload, targets,
@@ -135,5 +160,6 @@ CASES = [
     bitmap_case("bitmap-count", "count what is dirty", BITMAP_COUNT),
     bitmap_case("bitmap-merge", "merge two bitmaps", BITMAP_MERGE),
     bitmap_case("bitmap-map", "map of a bitmap", BITMAP_MAP),
+    *PERSIST_CASES,
     *SNAPSHOT_CASES,
 ]

@@ -39,9 +39,10 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def peak_memory(self):
-        """The most memory it ever had resident, in bytes."""
+        """The most memory it ever had resident, in bytes; of a server that
+        has ended nobody knows."""
         value = tools.file_field(f"/proc/{self.pid}/status", "VmHWM")
-        return int(value.split()[0]) << 10
+        return int(value.split()[0]) << 10 if value else 0
 
 
 def qmp_socket(socket):
@@ -64,12 +65,21 @@ def raw_argv(library, case, socket, pidfile):
 
 
 def our_argv(library, case, socket, pidfile):
-    words = [f"--filter={case.filter}",
+    words = [*(f"--filter={name}" for name in case.filter.split(",")),
              *plugin_words(case, library.path(case.image)),
-             *(word.format(directory=library.directory)
+             *(word.format(directory=library.directory, socket=socket)
                for word in case.parameters)]
     if case.filter != "qcow2":
         words.append(f"qmp={qmp_socket(socket)}")
+    return nbdkit_argv(words, case, socket, pidfile)
+
+
+def tracking_argv(library, case, socket, pidfile):
+    """The same bitmaps, which nobody keeps."""
+    words = ["--filter=dirty-tracking",
+             *plugin_words(case, library.path(case.image)),
+             *(word.replace(",persistent=on", "")
+               for word in case.parameters if word.startswith("dirty-"))]
     return nbdkit_argv(words, case, socket, pidfile)
 
 
@@ -140,6 +150,8 @@ class Contender:
 CONTENDERS = {
     "raw": Contender({"": raw_argv}),
     "ours": Contender({"": our_argv}),
+    # Only in the cases that are about keeping bitmaps.
+    "tracking": Contender({"": tracking_argv}),
     "qemu-nbd": Contender(
         {f"--aio={aio}": functools.partial(qemu_argv, aio)
          for aio in ("threads", "io_uring")},
