@@ -16,6 +16,10 @@
  * new, and flushed; then the header's extension switches to it, in one
  * write; then what only the old one referred to is freed.
  *
+ * Clusters to which nothing refers yet when something fails are given back
+ * if that is possible: what cannot be done is often tried again and again,
+ * and should not leak clusters each time.
+ *
  * The extension is only looked at if a bit of the header's, autoclear, is
  * set: so the bit is set last when the first bitmap is added, and cleared
  * first when the last one is removed.
@@ -42,6 +46,13 @@ struct qcow2_bitmap_store {
   struct qcow2_bitmaps place;   /* of the directory */
   GPtrArray *bitmaps;
   GHashTable *by_name;          /* the same */
+  GArray *fresh;                /* struct run, to which nothing refers yet */
+  bool cannot_free;             /* the allocator has failed */
+};
+
+/* Clusters behind each other. */
+struct run {
+  uint64_t offset, clusters;
 };
 
 /* Opening. */
@@ -69,6 +80,7 @@ qcow2_bitmap_store_open (struct qcow2_image *image,
   GPtrArray *bitmaps = NULL;
 
   store->image = image;
+  store->fresh = g_array_new (FALSE, FALSE, sizeof (struct run));
   if (qcow2_bitmaps_find (image->header, &store->place, error) == 0)
     bitmaps = qcow2_bitmaps_load (image->header, &store->place, io, error);
   if (bitmaps) {
@@ -88,6 +100,7 @@ qcow2_bitmap_store_close (struct qcow2_bitmap_store *store)
   qcow2_allocator_free (store->allocator);
   g_clear_pointer (&store->by_name, g_hash_table_unref);
   g_clear_pointer (&store->bitmaps, g_ptr_array_unref);
+  g_array_unref (store->fresh);
   g_free (store);
 }
 
@@ -102,6 +115,46 @@ qcow2_bitmap_store_find (const struct qcow2_bitmap_store *store,
                          const char *name)
 {
   return g_hash_table_lookup (store->by_name, name);
+}
+
+/* Clusters. */
+
+static int
+allocate (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+          uint64_t clusters, uint64_t *offset, GError **error)
+{
+  struct run run = { .clusters = clusters };
+
+  if (qcow2_allocate (store->allocator, io, clusters, &run.offset,
+                      error) == -1) {
+    store->cannot_free = true;
+    return -1;
+  }
+  g_array_append_val (store->fresh, run);
+  *offset = run.offset;
+  return 0;
+}
+
+/* Something refers to the clusters that were allocated. */
+static void
+keep_fresh (struct qcow2_bitmap_store *store)
+{
+  g_array_set_size (store->fresh, 0);
+}
+
+/* Nothing ever will.  Returns -1. */
+static int
+give_back_fresh (struct qcow2_bitmap_store *store, const struct qcow2_io *io)
+{
+  for (guint i = 0; i < store->fresh->len && !store->cannot_free; ++i) {
+    const struct run *run = &g_array_index (store->fresh, struct run, i);
+
+    store->cannot_free =
+      qcow2_free (store->allocator, io, run->offset, run->clusters,
+                  NULL) == -1;
+  }
+  keep_fresh (store);
+  return -1;
 }
 
 /* Sizes. */
@@ -245,6 +298,7 @@ struct save {
   uint8_t *buf, *old;           /* a cluster of bits */
   GArray *changed;              /* numbers of entries */
   GArray *unused;               /* offsets of clusters to be freed */
+  bool wrote;
 };
 
 static bool
@@ -255,7 +309,7 @@ differs (const struct save *s, uint32_t pos)
 
 /* Write what differs from what a cluster has. */
 static int
-write_differences (const struct save *s, uint64_t offset, GError **error)
+write_differences (struct save *s, uint64_t offset, GError **error)
 {
   const uint32_t cluster_size = s->store->image->cluster_size;
   uint32_t pos = 0;
@@ -292,10 +346,11 @@ save_cluster (struct save *s, uint32_t i, bool whole, GError **error)
     g_array_append_val (s->changed, i);
     return 0;
   }
+  s->wrote = true;
   if (offset && s->stored)
     return write_differences (s, offset, error);
   if (!offset) {
-    if (qcow2_allocate (s->store->allocator, s->io, 1, &offset, error) == -1)
+    if (allocate (s->store, s->io, 1, &offset, error) == -1)
       return -1;
     s->bitmap->table[i] = offset;
     g_array_append_val (s->changed, i);
@@ -389,15 +444,17 @@ qcow2_bitmap_store_save (struct qcow2_bitmap_store *store,
   g_autoptr (GArray) changed = g_array_new (FALSE, FALSE, sizeof (uint32_t));
   g_autoptr (GArray) unused = g_array_new (FALSE, FALSE, sizeof (uint64_t));
   struct save s = {
-    store, io, bitmap, bits, stored, buf, old, changed, unused
+    store, io, bitmap, bits, stored, buf, old, changed, unused, false
   };
 
   if (!buf || !old)
     return qcow2_fail (error, ENOMEM, "no memory for a cluster");
-  if (load_table (store, io, bitmap, error) == -1 ||
-      save_clusters (&s, error) == -1 ||
-      io->flush (io, error) == -1)
+  if (load_table (store, io, bitmap, error) == -1)
     return -1;
+  if (save_clusters (&s, error) == -1 ||
+      (s.wrote && io->flush (io, error) == -1))
+    return give_back_fresh (store, io);
+  keep_fresh (store);
   if (changed->len == 0)
     return 0;
   if (save_table (&s, error) == -1)
@@ -486,7 +543,7 @@ make_content (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
     dirty_bits_export (content, i * step, buf, cluster_size);
     entry = uniform_entry (buf, cluster_size, (i + 1) * step <= length);
     if (entry == UINT64_MAX) {
-      if (qcow2_allocate (store->allocator, io, 1, &offset, error) == -1 ||
+      if (allocate (store, io, 1, &offset, error) == -1 ||
           qcow2_io_write (io, buf, cluster_size, offset, error) == -1)
         return -1;
       entry = offset;
@@ -520,8 +577,7 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   if (content &&
       make_content (store, io, content, table, entries, error) == -1)
     return -1;
-  if (qcow2_allocate (store->allocator, io, clusters, &bitmap->table_offset,
-                      error) == -1)
+  if (allocate (store, io, clusters, &bitmap->table_offset, error) == -1)
     return -1;
   return qcow2_io_write (io, table, clusters * store->image->cluster_size,
                          bitmap->table_offset, error);
@@ -639,9 +695,8 @@ write_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 
     put_entry (buf + bitmap->entry, bitmap);
   }
-  if (qcow2_allocate (store->allocator, io,
-                      bytes / store->image->cluster_size,
-                      &place->directory_offset, error) == -1 ||
+  if (allocate (store, io, bytes / store->image->cluster_size,
+                &place->directory_offset, error) == -1 ||
       qcow2_io_write (io, buf, bytes, place->directory_offset, error) == -1)
     return -1;
   return io->flush (io, error);
@@ -778,11 +833,13 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
                        "bitmaps; \"qemu-img amend -o compat=1.1\" makes it "
                        "version 3");
   list = make_list (store, io, changes, error);
-  if (!list)
-    return -1;
+  if (!list ||
+      (list->len > 0 &&
+       write_directory (store, io, list, &place, error) == -1))
+    return give_back_fresh (store, io);
+  keep_fresh (store);
   if (list->len > 0) {
-    if (write_directory (store, io, list, &place, error) == -1 ||
-        switch_directory (store, io, &place, error) == -1)
+    if (switch_directory (store, io, &place, error) == -1)
       return -1;
   }
   else if (store->place.nr > 0 && drop_directory (store, io, error) == -1)
