@@ -325,15 +325,18 @@ dirty_bitmap_use (struct dirty_node *node, const char *name,
                   struct dirty_bitmap **bitmap, GError **error)
 {
   struct dirty_bits *bits = NULL;
+  struct dirty_bitmap *found;
 
   dirty_lock ();
-  *bitmap = dirty_bitmap_find (node, name, error);
-  if (*bitmap && (*bitmap)->inconsistent)
+  *bitmap = NULL;
+  found = dirty_bitmap_find (node, name, error);
+  if (found && found->inconsistent)
     dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
                 "cannot be used; it can only be removed", name, node->name);
-  else if (*bitmap) {
-    bits = dirty_bits_copy ((*bitmap)->bits);
-    (*bitmap)->users++;
+  else if (found) {
+    bits = dirty_bits_copy (found->bits);
+    found->users++;
+    *bitmap = found;
   }
   dirty_unlock ();
   return bits;
