@@ -22,6 +22,31 @@
 #include "qcow2/error.h"
 #include "qcow2/format.h"
 
+static _Thread_local bool is_outside;
+
+void
+dirty_persist_outside (void)
+{
+  is_outside = true;
+}
+
+/* May this thread use the container? */
+static bool
+may_use (const struct dirty_persist *p)
+{
+  return !(p->container->requests_only && is_outside);
+}
+
+static int
+check_may_use (const struct dirty_persist *p, GError **error)
+{
+  if (may_use (p))
+    return 0;
+  return dirty_fail (error, ENOTSUP, "%s: this cannot be stored now, as the "
+                     "plugin or a filter handles one request of all clients "
+                     "at a time; use bitmap-store=FILE", p->container->name);
+}
+
 struct dirty_persist *
 dirty_persist_new (struct dirty_node *node, struct dirty_container *container,
                    const struct dirty_persist_options *options)
@@ -432,7 +457,7 @@ dirty_persist_store (struct dirty_persist *p, bool last, GError **error)
   int r = 0;
 
   dirty_changes_lock ();
-  if (p->loaded && p->options.writable) {
+  if (p->loaded && p->options.writable && may_use (p)) {
     r = store_changes (p, error);
     if (r == 0)
       r = clean_if_idle (p, last, error);
@@ -504,6 +529,8 @@ dirty_persist_set_active (struct dirty_persist *p, bool active,
 {
   int r = 0;
 
+  if (check_may_use (p, error) == -1)
+    return -1;
   dirty_changes_lock ();
   dirty_lock ();
   dirty_gates_close (&p->node, 1);
@@ -526,7 +553,7 @@ dirty_persist_check (const struct dirty_persist *p, GError **error)
   if (!p->options.writable)
     return dirty_fail (error, EROFS, "Node '%s' is read-only",
                        p->node->name);
-  return 0;
+  return check_may_use (p, error);
 }
 
 bool

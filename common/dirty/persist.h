@@ -37,6 +37,7 @@
 struct dirty_container {
   const char *name;             /* for messages */
   bool is_image;                /* of the disk itself */
+  bool requests_only;           /* no thread of ours may use it */
 
   /* Open it for a disk of that size, so that no other program uses it at
    * the same time.  The result is valid until close; NULL with error set.
@@ -76,6 +77,11 @@ dirty_persist_new (struct dirty_node *node,
                    struct dirty_container *container,
                    const struct dirty_persist_options *options);
 
+/* The calling thread is one of ours, and not one on which nbdkit has called
+ * us: it cannot use containers that are for requests only.
+ */
+extern void dirty_persist_outside (void);
+
 /* When nobody uses the node any more: the container is closed as it is. */
 extern void dirty_persist_free (struct dirty_persist *persist);
 
@@ -100,6 +106,7 @@ extern int dirty_persist_begin_write (struct dirty_persist *persist,
 
 /* Takes locks.  Store what has changed.  If there are no writers, or if it
  * is for the last time, the container becomes as if nobody had it open.
+ * A thread that cannot use the container does nothing.
  */
 extern int dirty_persist_store (struct dirty_persist *persist, bool last,
                                 GError **error);

@@ -44,6 +44,7 @@ static unsigned loaded;
 
 static bool read_only;          /* the server */
 static struct dirty_container *sidecar; /* NULL: the image's is used */
+static bool requests_only;      /* can it be used */
 static struct dirty_persist *persist;
 
 struct handle {
@@ -251,6 +252,7 @@ make_persist (GError **error)
   };
   struct dirty_container *container = choose_container (error);
 
+  requests_only = container && container->requests_only;
   if (!container ||
       container->check (container, options.writable, error) == -1)
     return -1;
@@ -446,8 +448,11 @@ begin_write (struct handle *h, uint32_t count, uint64_t offset, int *err)
 static void
 end_write (const struct handle *h)
 {
-  if (h->node && persist)
-    dirty_gate_leave (&h->node->gates[DIRTY_GATE_PERSIST]);
+  if (!h->node || !persist)
+    return;
+  dirty_gate_leave (&h->node->gates[DIRTY_GATE_PERSIST]);
+  if (requests_only)
+    sync_sometimes (persist);
 }
 
 static int

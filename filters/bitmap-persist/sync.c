@@ -13,6 +13,7 @@
 #include <config.h>
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "bitmap-persist.h"
@@ -52,12 +53,26 @@ run (void *opaque)
 {
   bool ending = false;
 
+  dirty_persist_outside ();
   do
     ending = nbdkit_nanosleep (interval ? interval : LONG, 0) == -1;
   while ((ending || interval == 0 || store ()) && !ending);
   if (ending)
     store ();
   return NULL;
+}
+
+/* Where that thread can do nothing writers do it. */
+void
+sync_sometimes (struct dirty_persist *p)
+{
+  static atomic_llong last;
+  const long long now = g_get_monotonic_time ();
+  long long before = atomic_load (&last);
+
+  if (interval > 0 && now - before >= interval * G_USEC_PER_SEC &&
+      atomic_compare_exchange_strong (&last, &before, now) && before != 0)
+    sync_now (p, false);
 }
 
 int

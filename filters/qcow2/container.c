@@ -273,11 +273,6 @@ static int
 container_check (struct dirty_container *container, bool writable,
                  GError **error)
 {
-  if (config.thread_model < NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS)
-    return qcow2_fail (error, EINVAL, "bitmap-store=image: the plugin, or a "
-                       "filter, handles one request of all clients at a "
-                       "time, which leaves no time for storing bitmaps; use "
-                       "bitmap-store=FILE");
   written.wanted = true;
   written.writable = writable;
   return check_lock (writable, error);
@@ -291,6 +286,8 @@ container_offer (void)
   written.file.fd = -1;
   written.container.name = config.file ? config.file : "the image";
   written.container.is_image = true;
+  written.container.requests_only =
+    config.thread_model < NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS;
   written.container.open = container_open;
   written.container.close = container_close;
   written.container.check = container_check;
