@@ -425,10 +425,16 @@ save_table (const struct save *s, GError **error)
 static int
 free_unused (const struct save *s, GError **error)
 {
-  for (guint i = 0; i < s->unused->len; ++i)
-    if (qcow2_free (s->store->allocator, s->io,
-                    g_array_index (s->unused, uint64_t, i), 1, error) == -1)
+  const uint32_t cluster_size = s->store->image->cluster_size;
+  const uint64_t *unused = (const uint64_t *) s->unused->data;
+
+  for (guint i = 0, n; i < s->unused->len; i += n) {
+    for (n = 1; i + n < s->unused->len &&
+           unused[i + n] == unused[i] + (uint64_t) n * cluster_size; ++n)
+      ;
+    if (qcow2_free (s->store->allocator, s->io, unused[i], n, error) == -1)
       return -1;
+  }
   return 0;
 }
 
