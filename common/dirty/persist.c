@@ -218,6 +218,19 @@ persist_find_intent (struct dirty_persist *p, GError **error)
   return -1;
 }
 
+struct qcow2_image *
+dirty_persist_probe (const struct qcow2_io *io, GError **error)
+{
+  struct qcow2_image *image = qcow2_image_open (io, error);
+  struct qcow2_bitmap_store *store =
+    image ? qcow2_bitmap_store_open (image, io, error) : NULL;
+
+  if (!store)
+    g_clear_pointer (&image, qcow2_image_close);
+  qcow2_bitmap_store_close (store);
+  return image;
+}
+
 /* Loading. */
 
 static struct dirty_bitmap *
@@ -289,12 +302,26 @@ load_bitmaps (struct dirty_persist *p, GError **error)
   return g_steal_pointer (&bitmaps);
 }
 
+/* Can an intent of the granularity that the user wants be stored? */
+static int
+check_granularity (const struct dirty_persist *p, GError **error)
+{
+  const unsigned bits = p->options.intent_granularity_bits;
+
+  if (!bits || p->node->size >> bits >> 3 <= QCOW2_MAX_BITMAP_BYTES / 2)
+    return 0;
+  return qcow2_fail (error, EINVAL, "bitmap-intent-granularity: %" PRIu64
+                     " is too small for a disk of %" PRIu64 " bytes",
+                     UINT64_C (1) << bits, p->node->size);
+}
+
 static int
 read_bitmaps (struct dirty_persist *p, GError **error)
 {
   GPtrArray *bitmaps = NULL;
 
-  if (persist_read (p, error) == 0 && persist_find_intent (p, error) == 0)
+  if (check_granularity (p, error) == 0 && persist_read (p, error) == 0 &&
+      persist_find_intent (p, error) == 0)
     bitmaps = load_bitmaps (p, error);
   if (!bitmaps)
     return persist_fail (p, error);

@@ -28,7 +28,7 @@
 #include <glib.h>
 
 #include "dirty/node.h"
-#include "qcow2/io.h"
+#include "qcow2/image.h"
 
 /* The bitmap that says where writes have been since bitmaps were stored. */
 #define DIRTY_INTENT_NAME "nbdkit-write-intent"
@@ -76,6 +76,13 @@ extern struct dirty_persist *
 dirty_persist_new (struct dirty_node *node,
                    struct dirty_container *container,
                    const struct dirty_persist_options *options);
+
+/* Look if an image can keep bitmaps, and those that it has make sense as
+ * far as they are described in the directory.  Close the image; NULL with
+ * error set.
+ */
+extern struct qcow2_image *dirty_persist_probe (const struct qcow2_io *io,
+                                                GError **error);
 
 /* The calling thread is one of ours, and not one on which nbdkit has called
  * us: it cannot use containers that are for requests only.

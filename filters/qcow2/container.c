@@ -254,17 +254,39 @@ container_release (struct dirty_container *container, GError **error)
   return disk_give_away ("", error);
 }
 
-/* Is another program using the file? */
+/* Are the bitmaps all right, if the file is an image at all? */
 static int
-check_lock (bool writable, GError **error)
+check_bitmaps (const struct qcow2_io *io, GError **error)
+{
+  const size_t n = MIN (io->get_size (io), HEAD);
+  uint8_t head[HEAD] = { 0 };
+  struct qcow2_image *image;
+
+  if (n == 0 || io->pread (io, head, n, 0, NULL) == -1 ||
+      !qcow2_header_probe (head, n))
+    return 0;
+  image = dirty_persist_probe (io, error);
+  if (!image) {
+    g_prefix_error (error, "%s: ", config.file);
+    return -1;
+  }
+  qcow2_image_close (image);
+  return 0;
+}
+
+/* And is another program using it? */
+static int
+check_local_file (bool writable, GError **error)
 {
   int r;
 
   if (!config.file || config.files != 1 || config.moved ||
       qcow2_file_open (&written.file, config.file, O_RDONLY, NULL) == -1)
     return 0;
-  r = lock_local_file (writable ? QCOW2_LOCK_WRITER : QCOW2_LOCK_READER,
-                       error);
+  r = check_bitmaps (&written.file.io, error);
+  if (r == 0)
+    r = lock_local_file (writable ? QCOW2_LOCK_WRITER : QCOW2_LOCK_READER,
+                         error);
   qcow2_file_close (&written.file);
   return r;
 }
@@ -275,7 +297,7 @@ container_check (struct dirty_container *container, bool writable,
 {
   written.wanted = true;
   written.writable = writable;
-  return check_lock (writable, error);
+  return check_local_file (writable, error);
 }
 
 /* For the qcow2 filter. */
