@@ -122,6 +122,38 @@ def test_damaged(tmp):
         qf.equal(word, persist.fingerprint(path)[0][4], before[0][4])
 
 
+def test_overlap(tmp):
+    """Two bitmaps in the same clusters, as a stranger could make thousands
+    of: an error that names one, and neither is loaded."""
+    import qcow2edit as edit
+    path = make_image(tmp)
+    for name in ("a", "b"):
+        qf.qemu_img("bitmap", "--add", path, name)
+    first, second = (persist.directory(path)[name][0] for name in "ab")
+    table = edit.read_at(path, second, 8)
+    edit.write_at(path, second, edit.read_at(path, first, 8))
+    refuses(tmp, path, ["damaged"])
+    # The same by one table, which refers to a cluster twice.
+    edit.write_at(path, second, table)
+    at = int.from_bytes(table, "big")
+    edit.write_at(path, at, table)
+    refuses(tmp, path, ["damaged", '"b"'])
+
+
+def refuses(tmp, path, words):
+    """Nobody can open the disk, and the log says why."""
+    before = persist.fingerprint(path)
+    with qf.serve(tmp, *CHAIN, "file", path) as server:
+        try:
+            server.connect()
+            raise qf.Fail("the image was opened")
+        except nbd.Error:
+            pass
+        for word in words:
+            qf.check(word in server.log(), f"no {word!r}: {server.log()}")
+    qf.equal("image", persist.fingerprint(path), before)
+
+
 @contextlib.contextmanager
 def behind_nbd(tmp, path):
     """The image in another nbdkit; its container cannot grow."""
@@ -301,7 +333,7 @@ def test(tmp):
             "nbdinfo")
     qf.need_plugins("nbd", "eval")
     qf.parts(tmp, test_kinds, test_snapshots, test_backing, test_old_version,
-             test_damaged, test_nbd, test_block_size, test_serialized,
+             test_damaged, test_overlap, test_nbd, test_block_size, test_serialized,
              test_growth_below_cow, test_connections, test_give_away,
              test_locks, test_unknown, test_of_a_snapshot)
 

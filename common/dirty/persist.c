@@ -321,6 +321,7 @@ read_bitmaps (struct dirty_persist *p, GError **error)
   GPtrArray *bitmaps = NULL;
 
   if (check_granularity (p, error) == 0 && persist_read (p, error) == 0 &&
+      qcow2_bitmap_store_check (p->store, p->io, error) == 0 &&
       persist_find_intent (p, error) == 0)
     bitmaps = load_bitmaps (p, error);
   if (!bitmaps)

@@ -227,6 +227,74 @@ load_table (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   return 0;
 }
 
+/* Tables are kept once they are needed to be changed, not before. */
+static void
+forget_table (struct qcow2_bitmap *bitmap)
+{
+  g_clear_pointer (&bitmap->table, g_free);
+}
+
+/* Add clusters to those that are in use. */
+static int
+use_clusters (const struct qcow2_bitmap_store *store,
+              struct dirty_bits *used, const struct qcow2_bitmap *bitmap,
+              uint64_t offset, uint64_t clusters, GError **error)
+{
+  const uint64_t size = dirty_bits_size (used);
+  const uint64_t bytes = clusters * store->image->cluster_size;
+  g_autofree char *name = NULL;
+  uint64_t length;
+
+  if (offset < size && bytes <= size - offset &&
+      !dirty_bits_get (used, offset, &length) && length >= bytes) {
+    dirty_bits_set (used, offset, bytes);
+    return 0;
+  }
+  name = g_strescape (bitmap->name, NULL);
+  return qcow2_fail (error, EIO, "bitmap \"%s\" refers to %" PRIu64 " bytes "
+                     "at offset %" PRIu64 ", which lie beyond the end of the "
+                     "file, or belong to a bitmap already: the image is "
+                     "damaged", name, bytes, offset);
+}
+
+static int
+use_content (const struct qcow2_bitmap_store *store, struct dirty_bits *used,
+             const struct qcow2_bitmap *bitmap, GError **error)
+{
+  for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
+    const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
+
+    if (offset &&
+        use_clusters (store, used, bitmap, offset, 1, error) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+int
+qcow2_bitmap_store_check (struct qcow2_bitmap_store *store,
+                          const struct qcow2_io *io, GError **error)
+{
+  /* A file may end within its last cluster. */
+  struct dirty_bits *used =
+    dirty_bits_new (clusters_for (store, io->get_size (io)) *
+                    store->image->cluster_size,
+                    store->image->header->cluster_bits);
+  int r = 0;
+
+  for (guint i = 0; i < store->bitmaps->len && r == 0; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    r = use_clusters (store, used, bitmap, bitmap->table_offset,
+                      clusters_for (store, table_bytes (bitmap)), error);
+    if (r == 0 && load_table (store, io, bitmap, NULL) == 0)
+      r = use_content (store, used, bitmap, error);
+    forget_table (bitmap);
+  }
+  dirty_bits_free (used);
+  return r;
+}
+
 /* Write the part of a table, with all that shares its sectors. */
 static int
 write_table (const struct qcow2_io *io, const struct qcow2_bitmap *bitmap,
@@ -251,6 +319,7 @@ qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
   const uint32_t cluster_size = store->image->cluster_size;
   const uint64_t step = bits_per_cluster (store);
   const uint64_t length = dirty_bits_length (bits);
+  const bool was_loaded = bitmap->table != NULL;
   g_autofree uint8_t *buf = g_try_malloc (cluster_size);
 
   if (!buf)
@@ -272,6 +341,8 @@ qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
     else
       dirty_bits_import (bits, i * step, buf, cluster_size);
   }
+  if (!was_loaded)
+    forget_table (bitmap);
   return 0;
 }
 
