@@ -39,6 +39,7 @@
 struct plan {
   struct dirty_persist *p;
   enum persist_purpose purpose;
+  bool only_add;
   bool needs_intent;
   GPtrArray *save;              /* struct dirty_bitmap */
   GPtrArray *replaced;          /* the same, whose content is in add */
@@ -48,11 +49,12 @@ struct plan {
 
 static void
 plan_init (struct plan *plan, struct dirty_persist *p,
-           enum persist_purpose purpose)
+           enum persist_purpose purpose, bool only_add)
 {
   memset (plan, 0, sizeof *plan);
   plan->p = p;
   plan->purpose = purpose;
+  plan->only_add = only_add;
   plan->save = g_ptr_array_new ();
   plan->replaced = g_ptr_array_new ();
   plan->remove = g_ptr_array_new_with_free_func (g_free);
@@ -148,23 +150,20 @@ want_flags (const struct plan *plan, const struct dirty_bitmap *bitmap,
 }
 
 static bool
-is_equal (struct dirty_bits *a, struct dirty_bits *b)
+includes (struct dirty_bits *all, struct dirty_bits *part)
 {
-  const uint64_t count = dirty_bits_count (a);
-  struct dirty_bits *both;
-  bool equal;
+  struct dirty_bits *both = dirty_bits_copy (all);
+  bool includes;
 
-  if (dirty_bits_count (b) != count)
-    return false;
-  both = dirty_bits_copy (a);
-  dirty_bits_merge (both, b);
-  equal = dirty_bits_count (both) == count;
+  dirty_bits_merge (both, part);
+  includes = dirty_bits_count (both) == dirty_bits_count (all);
   dirty_bits_free (both);
-  return equal;
+  return includes;
 }
 
 /* Has the container, of which nothing is known, another content?  If it is
- * marked as in use there it may.
+ * marked as in use there it may have more, but not less: it is not known
+ * what the intent has.
  */
 static int
 compare (const struct plan *plan, struct dirty_bitmap *bitmap,
@@ -180,8 +179,9 @@ compare (const struct plan *plan, struct dirty_bitmap *bitmap,
   bitmap->stored = persist_get_bits (plan->p, stored, error);
   if (!bitmap->stored)
     return -1;
-  *other = !((stored->flags | flags) & QCOW2_BITMAP_IN_USE) &&
-    !is_equal (bitmap->stored, bitmap->bits);
+  *other = !includes (bitmap->stored, bitmap->bits) ||
+    (!((stored->flags | flags) & QCOW2_BITMAP_IN_USE) &&
+     !includes (bitmap->bits, bitmap->stored));
   return 0;
 }
 
@@ -193,7 +193,14 @@ plan_bitmap (struct plan *plan, struct dirty_bitmap *bitmap, GError **error)
   const uint32_t flags = want_flags (plan, bitmap, stored);
   bool replace = !stored || bitmap->replaced;
 
-  if (bitmap->inconsistent)
+  if (bitmap->inconsistent) {
+    /* It may be gone if removing it has failed. */
+    if (!stored)
+      plan_add (plan, bitmap->name, dirty_bits_granularity_bits (bitmap->bits),
+                QCOW2_BITMAP_IN_USE, NULL);
+    return 0;
+  }
+  if (stored && plan->only_add)
     return 0;
   plan->needs_intent |= (flags & QCOW2_BITMAP_IN_USE) != 0;
   if (!replace && plan->purpose == PERSIST_RECONCILE &&
@@ -323,11 +330,11 @@ plan_intent (struct plan *plan, GError **error)
 }
 
 static int
-make_plan (struct plan *plan, bool only_add, GError **error)
+make_plan (struct plan *plan, GError **error)
 {
   const GPtrArray *bitmaps = plan->p->node->bitmaps;
 
-  if (!only_add)
+  if (!plan->only_add)
     plan_others (plan);
   for (guint i = 0; i < bitmaps->len; ++i) {
     struct dirty_bitmap *bitmap = g_ptr_array_index (bitmaps, i);
@@ -459,8 +466,8 @@ persist_write_state (struct dirty_persist *p, enum persist_purpose purpose,
   struct plan plan;
   int r;
 
-  plan_init (&plan, p, purpose);
-  r = make_plan (&plan, only_add, error);
+  plan_init (&plan, p, purpose, only_add);
+  r = make_plan (&plan, error);
   if (r == 0 && !is_empty (&plan)) {
     r = qcow2_header_begin_writing (p->image->header, p->io, error);
     if (r == 0)

@@ -178,6 +178,11 @@ persist_read_to_write (struct dirty_persist *p, GError **error)
   if (persist_read (p, error) == -1)
     return -1;
   if (p->diverged) {
+    /* What was read need not be stable. */
+    if (p->io->flush (p->io, error) == -1) {
+      persist_drop (p);
+      return -1;
+    }
     if (persist_write_state (p, PERSIST_RECONCILE, false, error) == -1)
       return -1;
     p->diverged = false;
@@ -573,15 +578,22 @@ dirty_persist_set_active (struct dirty_persist *p, bool active,
 /* Transactions. */
 
 int
-dirty_persist_check (const struct dirty_persist *p, GError **error)
+dirty_persist_check (struct dirty_persist *p, GError **error)
 {
+  int r;
+
   if (!p->loaded)
     return dirty_fail (error, EINVAL, "Node '%s' has not been opened yet, so "
                        "its bitmaps are not known", p->node->name);
   if (!p->options.writable)
     return dirty_fail (error, EROFS, "Node '%s' is read-only",
                        p->node->name);
-  return check_may_use (p, error);
+  if (check_may_use (p, error) == -1)
+    return -1;
+  g_mutex_lock (&p->lock);
+  r = persist_read_to_write (p, error);
+  g_mutex_unlock (&p->lock);
+  return r == -1 ? persist_fail (p, error) : 0;
 }
 
 bool

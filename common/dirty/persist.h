@@ -127,12 +127,14 @@ extern int dirty_persist_set_active (struct dirty_persist *persist,
 /* May the container be changed? */
 extern bool dirty_persist_is_writable (const struct dirty_persist *persist);
 
-/* Can persistent bitmaps be changed now? */
-extern int dirty_persist_check (const struct dirty_persist *persist,
+/* Can persistent bitmaps be changed now?  Before any is changed: the
+ * container becomes what they are, if it may not be.
+ */
+extern int dirty_persist_check (struct dirty_persist *persist,
                                 GError **error);
 
 /* Let the container have the persistent bitmaps of the node as they are
- * now.  With only_add it keeps those that the node no longer has.
+ * now.  With only_add it only gets those of which it has none of the name.
  */
 extern int dirty_persist_commit (struct dirty_persist *persist,
                                  bool only_add, GError **error);

@@ -244,7 +244,9 @@ find_usable (struct dirty_node *node, const char *name, unsigned allow,
   else if (bitmap->inconsistent && !(allow & ALLOW_INCONSISTENT))
     dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
                 "cannot be used; it can only be removed", name, node->name);
-  else if (!bitmap->persistent || allow & ALLOW_READ_ONLY ||
+  else if (!bitmap->persistent ||
+           (allow & ALLOW_READ_ONLY &&
+            !dirty_persist_is_writable (node->persist)) ||
            check_persist (node, name, error) == 0)
     return bitmap;
   return NULL;
