@@ -582,23 +582,12 @@ set_of_names (const GPtrArray *names)
   return set;
 }
 
-/* Entries of the table that a bitmap of the whole disk has. */
-static uint64_t
-entries_for (const struct qcow2_bitmap_store *store,
-             uint32_t granularity_bits)
-{
-  const uint64_t granules = divide_up (store->image->header->size,
-                                       UINT64_C (1) << granularity_bits);
-
-  return MAX (divide_up (granules, bits_per_cluster (store)), 1);
-}
-
 bool
 qcow2_bitmap_store_fits (const struct qcow2_bitmap_store *store,
                          const struct qcow2_bitmap *bitmap)
 {
   return bitmap->table_entries ==
-    entries_for (store, bitmap->granularity_bits);
+    qcow2_bitmap_entries (store->image->header, bitmap->granularity_bits);
 }
 
 /* Write content to new clusters; their offsets go to the table. */
@@ -636,7 +625,8 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
              struct qcow2_bitmap *bitmap, struct dirty_bits *content,
              GError **error)
 {
-  const uint64_t entries = entries_for (store, bitmap->granularity_bits);
+  const uint64_t entries = qcow2_bitmap_entries (store->image->header,
+                                                 bitmap->granularity_bits);
   uint64_t clusters;
   g_autofree uint64_t *table = NULL;
 
