@@ -211,6 +211,18 @@ def qemu_runs(tmp, path, name):
                   if e["type"])
 
 
+class QemuClient(qmp.Client):
+    """QEMU also sends events."""
+
+    def receive(self):
+        while True:
+            message = super().receive()
+            if "event" not in message:
+                qf.check("error" not in message or "id" in message,
+                         f"{message}")
+                return message
+
+
 class Daemon:
     """A qemu-storage-daemon that has the store open, as a context."""
 
@@ -233,7 +245,7 @@ class Daemon:
                                             stdout=log, stderr=log)
         try:
             until(self.log, self.listens)
-            self.control = qmp.Client(self.qmp)
+            self.control = QemuClient(self.qmp)
         except qf.Fail:
             self.process.kill()
             self.process.wait()

@@ -680,7 +680,7 @@ def mount_small(directory):
     if libc.unshare(new_ns) == -1:
         raise qf.Skip("unshare: " + os.strerror(ctypes.get_errno()))
     mount(b"none", b"/", None, rec | private, None)
-    mount(b"none", directory.encode(), b"tmpfs", 0, b"size=2M")
+    mount(b"none", directory.encode(), b"tmpfs", 0, b"size=4M")
 
 
 def test_full_disk(tmp):
