@@ -5,9 +5,9 @@
  * The full text is in the file LICENSE.
  */
 
-/* Preloaded into nbdkit: calls fail on files whose name begins with
- * $FAULT_PATH, as the struct in the file $FAULT_CONTROL says, which the
- * test (test-persist-faults.py) maps as well and changes at any time.
+/* Preloaded into nbdkit: calls fail, or kill the server, on files whose
+ * name begins with $FAULT_PATH, as the struct in the file $FAULT_CONTROL
+ * says, which the test (faults.py) maps as well and changes at any time.
  */
 
 #include <config.h>
@@ -15,6 +15,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,7 +24,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { READ = 1, WRITE = 2, SYNC = 4, RESIZE = 8, SHORT = 16 };
+enum { READ = 1, WRITE = 2, SYNC = 4, RESIZE = 8, SHORT = 16, KILL = 32 };
 
 struct control {
   _Atomic (int32_t) calls;      /* which of them fail */
@@ -79,6 +80,8 @@ fails (int call, int fd)
       atomic_fetch_sub (&control->times, 1) <= 0)
     return 0;
   atomic_fetch_add (&control->hits, 1);
+  if (atomic_load (&control->calls) & KILL)
+    kill (getpid (), SIGKILL);
   errno = atomic_load (&control->error);
   return 1;
 }

@@ -19,6 +19,7 @@ import threading
 import time
 
 import disks
+import faults
 import nbd
 import persist
 import qf
@@ -28,6 +29,8 @@ from qf import KiB, MiB
 
 SLOW = os.environ.get("SANITIZER", "none") != "none"
 KILLS = int(os.environ.get("PERSIST_KILLS", "10"))
+# Calls at which a server kills itself: each so many.
+CALLS = max(1, (20 if SLOW else 2) * 10 // KILLS)
 
 SIZE = 128 * MiB + 512
 WINDOW = 8 * MiB                # where the clients of one server write
@@ -284,6 +287,89 @@ def test_kills(tmp):
         theirs = persist.digests(daemon.control, BITMAPS)
     with persist.serve(tmp, *sidecar.arguments()) as server:
         qf.equal("digests", persist.digests(server.control, BITMAPS), theirs)
+
+
+# ------------------------------------------------- killed by its own call
+
+class Script:
+    """What is done with a server that dies at one of its calls, and what
+    must then be there: aux bitmaps that QMP has confirmed."""
+
+    def __init__(self, disk):
+        self.disk = disk
+        self.aux = {}           # name: is it recording?
+        self.doubtful = None    # the one that was being changed
+
+    def change(self, kind, name, recording, **arguments):
+        self.doubtful = name
+        self.disk.control("block-dirty-bitmap-" + kind, node="disk",
+                          name=name, **arguments)
+        self.aux.pop(name, None)
+        if recording is not None:
+            self.aux[name] = recording
+        self.doubtful = None
+
+    def run(self, number):
+        """Returns at the end, if it is reached."""
+        new = f"n{number}"
+        self.disk.connect()
+        self.disk.write()
+        self.change("add", new, True, persistent=True, granularity=512)
+        self.disk.write()
+        self.change("disable", new, False)
+        for name in [n for n in self.aux if n != new][:-2]:
+            self.change("remove", name, None)
+        self.change("enable", new, True)
+        self.disk.write()
+        self.change("clear", new, True)
+        self.disk.write()
+        # A store, and all anew.
+        for active in (False, True):
+            self.disk.control("blockdev-set-active", node_name="disk",
+                              active=active)
+        self.disk.write()
+        self.disk.leave()
+        persist.until("stored", self.ended)
+
+    def ended(self):
+        return self.disk.is_clean() or not self.disk.server.alive()
+
+    def check(self):
+        self.disk.check_complete()
+        found = self.disk.control.bitmaps()
+        for name, bitmap in found.items():
+            qf.check(not bitmap.get("inconsistent"), f"{name} is inconsistent")
+            if name in self.aux and name != self.doubtful:
+                qf.equal(f"{name}: recording", bitmap["recording"],
+                         self.aux[name])
+        qf.equal("bitmaps", found.keys() - {self.doubtful},
+                 (self.aux.keys() | faults.NAMES.keys()) - {self.doubtful})
+        if self.doubtful:
+            self.aux.pop(self.doubtful, None)
+            if self.doubtful in found:
+                self.aux[self.doubtful] = found[self.doubtful]["recording"]
+        self.doubtful = None
+
+
+def test_each_call(tmp):
+    """Killed at the first call, at the second, and so on: when it starts
+    to record, in QMP commands, in stores, in recovery."""
+    disk = faults.Disk(tmp, "calls")
+    script = Script(disk)
+    for number in range(0, 1000, CALLS):
+        with disk:
+            disk.server.stop = lambda: None
+            script.check()
+            disk.faults.set(faults.ANY_WRITE | faults.KILL, number)
+            try:
+                script.run(number)
+            except (nbd.Error, qf.Fail, OSError) as error:
+                qf.check(disk.faults.hits(), f"not killed, but {error}")
+            if disk.faults.off() == 0:
+                break
+        faults.no_corruption(disk.side)
+    print(f"killed at {number} calls, each {CALLS}th")
+    qf.check(number > 20, "so few calls?")
 
 
 def test_image(tmp):
@@ -545,7 +631,7 @@ def test_while_inactive(tmp):
 def test(tmp):
     qf.need("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon",
             "nbdinfo")
-    qf.parts(tmp, test_kills, test_image, test_qemu_in_between,
+    qf.parts(tmp, test_kills, test_each_call, test_image, test_qemu_in_between,
              test_qemu_looks, test_qemu_crashes, test_only_qemu_crashes,
              test_intent_off, test_intent_on_then_off, test_intent_tampered,
              test_disabled, test_read_only_after_crash, test_while_inactive)
