@@ -75,8 +75,9 @@ class Faults:
 class Disk:
     """A disk and its sidecar, with faults in a server."""
 
-    def __init__(self, tmp, name):
+    def __init__(self, tmp, name, *parameters):
         self.tmp = tmp
+        self.parameters = parameters
         self.disk = persist.make_disk(os.path.join(tmp, name + ".raw"), SIZE)
         self.side = os.path.join(tmp, name + ".qcow2")
         self.faults = Faults(tmp, self.side)
@@ -85,7 +86,8 @@ class Disk:
         self.guest = None
 
     def arguments(self, *more):
-        return ["file", self.disk, "bitmap-store=" + self.side, *more]
+        return ["file", self.disk, "bitmap-store=" + self.side,
+                *self.parameters, *more]
 
     def __enter__(self):
         os.environ["NBDKIT"], self.saved = self.faults.nbdkit, qf.nbdkit()
@@ -133,13 +135,13 @@ class Disk:
         bitmaps = self.control.bitmaps()
         return bitmaps, persist.digests(self.control, bitmaps)
 
-    def check_complete(self):
+    def check_complete(self, names=NAMES):
         """Nothing that has reached the disk is missing."""
         content = disks.map_file(self.disk)
         done = [(at, count) for at, count in self.writes
                 if content[at:at + count] != bytes(count)]
-        for name, g in NAMES.items():
-            persist.within(name, persist.granules(done, g, SIZE),
+        for name in names:
+            persist.within(name, persist.granules(done, NAMES[name], SIZE),
                            our_runs(self.server, name))
 
     def check_file(self):

@@ -372,6 +372,33 @@ def test_each_call(tmp):
     qf.check(number > 20, "so few calls?")
 
 
+def test_each_call_off(tmp):
+    """With bitmap-intent=off a bitmap is complete or inconsistent."""
+    complete = lost = 0
+    for number in range(0, 1000, CALLS):
+        disk = faults.Disk(tmp, f"off{number}", "bitmap-intent=off")
+        with disk:
+            disk.server.stop = lambda: None
+            disk.faults.set(faults.ANY_WRITE | faults.KILL, number)
+            try:
+                Script(disk).run(number)
+            except (nbd.Error, qf.Fail, OSError) as error:
+                qf.check(disk.faults.hits(), f"not killed, but {error}")
+            if disk.faults.off() == 0:
+                break
+        faults.no_corruption(disk.side)
+        with disk:
+            names = [name for name, bitmap in disk.control.bitmaps().items()
+                     if name in faults.NAMES and not bitmap.get("inconsistent")]
+            disk.check_complete(names)
+            complete += len(names)
+            lost += len(faults.NAMES) - len(names)
+        os.unlink(disk.disk)
+    print(f"killed at {number} calls, each {CALLS}th: {complete} "
+          f"bitmaps are complete, {lost} inconsistent")
+    qf.check(complete and lost, "it is always the same")
+
+
 def test_image(tmp):
     """The same with bitmaps in the image.  What cow keeps is lost, so that
     the requests which were answered are what must be there."""
@@ -631,10 +658,11 @@ def test_while_inactive(tmp):
 def test(tmp):
     qf.need("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon",
             "nbdinfo")
-    qf.parts(tmp, test_kills, test_each_call, test_image, test_qemu_in_between,
-             test_qemu_looks, test_qemu_crashes, test_only_qemu_crashes,
-             test_intent_off, test_intent_on_then_off, test_intent_tampered,
-             test_disabled, test_read_only_after_crash, test_while_inactive)
+    qf.parts(tmp, test_kills, test_each_call, test_each_call_off, test_image,
+             test_qemu_in_between, test_qemu_looks, test_qemu_crashes,
+             test_only_qemu_crashes, test_intent_off, test_intent_on_then_off,
+             test_intent_tampered, test_disabled, test_read_only_after_crash,
+             test_while_inactive)
 
 
 qf.main(test, 1500 + 10 * KILLS)
