@@ -597,6 +597,17 @@ dirty_persist_check (struct dirty_persist *p, GError **error)
 }
 
 bool
+dirty_persist_has (struct dirty_persist *p, const char *name)
+{
+  bool has;
+
+  g_mutex_lock (&p->lock);
+  has = p->store && qcow2_bitmap_store_find (p->store, name);
+  g_mutex_unlock (&p->lock);
+  return has;
+}
+
+bool
 dirty_persist_is_writable (const struct dirty_persist *p)
 {
   return p->options.writable;

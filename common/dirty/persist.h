@@ -133,6 +133,12 @@ extern bool dirty_persist_is_writable (const struct dirty_persist *persist);
 extern int dirty_persist_check (struct dirty_persist *persist,
                                 GError **error);
 
+/* Has the container a bitmap of this name, though the node may not have it
+ * any more?  After dirty_persist_check.
+ */
+extern bool dirty_persist_has (struct dirty_persist *persist,
+                               const char *name);
+
 /* Let the container have the persistent bitmaps of the node as they are
  * now.  With only_add it only gets those of which it has none of the name.
  */
