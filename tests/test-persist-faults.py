@@ -141,7 +141,7 @@ def qmp_commands(tmp, name, writing):
         if writing:
             disk.leave()
     disk.check_agreed(state)
-    print("failures:", counts)
+    print(f"failures: {counts}; {no_corruption(disk.side)} clusters leaked")
 
 
 def test_qmp(tmp):
@@ -227,7 +227,7 @@ def test_store(tmp):
                 failures += 1
         state = disk.state()
     disk.check_agreed(state)
-    print(failures, "failures")
+    print(f"{failures} failures, {no_corruption(disk.side)} clusters leaked")
 
 
 def store_with_fault(disk, skip, times):
