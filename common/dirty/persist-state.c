@@ -300,6 +300,18 @@ plan_to_save_all (struct plan *plan)
   }
 }
 
+/* One that is not kept must not be there when bitmaps are in use to which
+ * it says nothing.
+ */
+static bool
+is_intent_outdated (const struct plan *plan)
+{
+  if (plan->p->options.intent)
+    return plan->purpose == PERSIST_CLEAN;
+  return plan->needs_intent || plan->purpose == PERSIST_CLEAN ||
+    plan->purpose == PERSIST_ARM;
+}
+
 static int
 plan_intent (struct plan *plan, GError **error)
 {
@@ -308,8 +320,7 @@ plan_intent (struct plan *plan, GError **error)
     qcow2_bitmap_store_find (p->store, DIRTY_INTENT_NAME) != NULL;
 
   if (plan->purpose == PERSIST_CLEAN || !p->options.intent) {
-    if (exists && plan->purpose != PERSIST_COMMIT &&
-        plan->purpose != PERSIST_RECONCILE) {
+    if (exists && is_intent_outdated (plan)) {
       plan_to_save_all (plan);
       plan_remove (plan, DIRTY_INTENT_NAME);
     }
@@ -382,6 +393,26 @@ save_all (const struct plan *plan, GError **error)
   return 0;
 }
 
+/* If the header is so that a crash could tear it there are no bitmaps
+ * while it changes.
+ */
+static void
+warn_of_gap (struct dirty_persist *p)
+{
+  g_autofree char *message = NULL;
+
+  if (p->warned || !qcow2_header_find_extension (p->image->header,
+                                                 QCOW2_EXT_BITMAPS) ||
+      !qcow2_header_extension_can_tear (p->image->header, QCOW2_EXT_BITMAPS))
+    return;
+  p->warned = true;
+  message = g_strdup_printf ("%s: the place of the bitmaps lies across two "
+                             "sectors of the header: a crash at the moment "
+                             "when their number changes loses them",
+                             p->container->name);
+  p->options.report (message);
+}
+
 static int
 change_directory (const struct plan *plan, const GArray *flags,
                   GError **error)
@@ -390,6 +421,7 @@ change_directory (const struct plan *plan, const GArray *flags,
     .remove = plan->remove, .add = plan->add, .flags = flags,
   };
 
+  warn_of_gap (plan->p);
   return qcow2_bitmap_store_change (plan->p->store, plan->p->io, &changes,
                                     error);
 }
@@ -434,7 +466,7 @@ follow (const struct plan *plan, GError **error)
   }
 }
 
-/* It was done. */
+/* Nothing is left to be done. */
 static void
 note (const struct plan *plan)
 {
@@ -472,9 +504,9 @@ persist_write_state (struct dirty_persist *p, enum persist_purpose purpose,
     r = qcow2_header_begin_writing (p->image->header, p->io, error);
     if (r == 0)
       r = follow (&plan, error);
-    if (r == 0)
-      note (&plan);
   }
+  if (r == 0)
+    note (&plan);
   plan_clear (&plan);
   if (r == -1)
     persist_drop (p);

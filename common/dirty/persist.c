@@ -116,6 +116,7 @@ persist_drop (struct dirty_persist *p)
   p->store = NULL;
   p->image = NULL;
   p->diverged = true;
+  p->flushed = false;
   g_clear_pointer (&p->intent_stored, dirty_bits_free);
   for (guint i = 0; i < bitmaps->len; ++i) {
     struct dirty_bitmap *bitmap = g_ptr_array_index (bitmaps, i);
@@ -132,6 +133,10 @@ check_size (const struct dirty_persist *p, GError **error)
 
   if (size / 512 == wanted / 512 + (wanted % 512 != 0))
     return 0;
+  if (p->may_resize) {
+    dirty_node_resize (p->node, size & ~UINT64_C (511));
+    return 0;
+  }
   return qcow2_fail (error, EINVAL, "its bitmaps are those of a disk of %"
                      PRIu64 " bytes, but this one has %" PRIu64, size,
                      wanted);
@@ -177,12 +182,13 @@ persist_read_to_write (struct dirty_persist *p, GError **error)
     return qcow2_fail (error, EROFS, "it is read-only");
   if (persist_read (p, error) == -1)
     return -1;
+  /* What was read may have been written just before a crash. */
+  if (!p->flushed && p->io->flush (p->io, error) == -1) {
+    persist_drop (p);
+    return -1;
+  }
+  p->flushed = true;
   if (p->diverged) {
-    /* What was read need not be stable. */
-    if (p->io->flush (p->io, error) == -1) {
-      persist_drop (p);
-      return -1;
-    }
     if (persist_write_state (p, PERSIST_RECONCILE, false, error) == -1)
       return -1;
     p->diverged = false;
@@ -251,24 +257,37 @@ new_bitmap (struct dirty_persist *p, const struct qcow2_bitmap *stored)
   return bitmap;
 }
 
+static void
+make_inconsistent (const struct dirty_persist *p, struct dirty_bitmap *bitmap)
+{
+  bitmap->inconsistent = true;
+  report (p, "%s: bitmap '%s' is inconsistent, because it was in use when "
+          "a program ended without storing it; it can only be removed",
+          p->container->name, bitmap->name);
+}
+
 /* Whether it was complete in the container, or can be made so. */
 static int
 load_content (struct dirty_persist *p, struct dirty_bitmap *bitmap,
               struct qcow2_bitmap *stored, GError **error)
 {
   const bool in_use = stored->flags & QCOW2_BITMAP_IN_USE;
+  g_autoptr (GError) e = NULL;
 
   if (in_use && (!bitmap->recording || !p->intent_stored ||
                  !qcow2_bitmap_store_fits (p->store, stored))) {
-    bitmap->inconsistent = true;
-    report (p, "%s: bitmap '%s' is inconsistent, because it was in use when "
-            "a program ended without storing it; it can only be removed",
-            p->container->name, bitmap->name);
+    make_inconsistent (p, bitmap);
     return 0;
   }
-  bitmap->stored = persist_get_bits (p, stored, error);
-  if (!bitmap->stored)
+  bitmap->stored = persist_get_bits (p, stored, &e);
+  if (!bitmap->stored && in_use && e->code == EINVAL) {
+    make_inconsistent (p, bitmap);
+    return 0;
+  }
+  if (!bitmap->stored) {
+    g_propagate_error (error, g_steal_pointer (&e));
     return -1;
+  }
   dirty_bits_merge (bitmap->bits, bitmap->stored);
   if (in_use) {
     dirty_bits_merge (bitmap->bits, p->intent_stored);
@@ -499,6 +518,19 @@ dirty_persist_store (struct dirty_persist *p, bool last, GError **error)
   return r == -1 ? persist_fail (p, error) : 0;
 }
 
+int
+dirty_persist_try_store (struct dirty_persist *p, GError **error)
+{
+  int r = 0;
+
+  if (!dirty_changes_trylock ())
+    return 0;
+  if (p->loaded && p->options.writable)
+    r = store_changes (p, error);
+  dirty_changes_unlock ();
+  return r == -1 ? persist_fail (p, error) : 0;
+}
+
 /* Giving the container away. */
 
 static int
@@ -545,12 +577,22 @@ deactivate (struct dirty_persist *p, GError **error)
   return 0;
 }
 
-/* If the disk was not yet opened there is nothing to be loaded yet. */
+/* If the disk was not yet opened there is nothing to be loaded yet.  The
+ * other program may have resized the image.
+ */
 static int
 activate (struct dirty_persist *p, GError **error)
 {
-  if (p->node->sized && load (p, error) == -1)
+  int r = 0;
+
+  p->may_resize = p->container->is_image;
+  if (p->node->sized)
+    r = load (p, error);
+  p->may_resize = false;
+  if (r == -1)
     return -1;
+  if (p->container->take_back)
+    p->container->take_back (p->container);
   p->active = true;
   p->node->inactive = false;
   return 0;
@@ -633,8 +675,11 @@ dirty_persist_revert (struct dirty_persist *p)
 
   g_mutex_lock (&p->lock);
   persist_drop (p);
-  if (persist_read_to_write (p, &error) == -1)
+  if (persist_read_to_write (p, &error) == -1) {
     report (p, "%s: %s; this will be tried again", p->container->name,
             error->message);
+    /* Not even by a write that the intent has already. */
+    persist_disarm (p);
+  }
   g_mutex_unlock (&p->lock);
 }

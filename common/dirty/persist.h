@@ -49,9 +49,11 @@ struct dirty_container {
   void (*close) (struct dirty_container *container);
 
   /* Before it is closed to be given to another program: an error if it is
-   * being used in other ways.  May be NULL.
+   * being used in other ways, which it cannot be until it is taken back,
+   * when it was opened again.  Both may be NULL.
    */
   int (*release) (struct dirty_container *container, GError **error);
+  void (*take_back) (struct dirty_container *container);
 
   /* Before the server starts: what can be seen already to be wrong.  -1
    * with error set.
@@ -117,6 +119,13 @@ extern int dirty_persist_begin_write (struct dirty_persist *persist,
  */
 extern int dirty_persist_store (struct dirty_persist *persist, bool last,
                                 GError **error);
+
+/* For a writer that is still inside the outer gates, where it must not wait
+ * for anybody: store what has changed, if nobody else is doing things to
+ * bitmaps.
+ */
+extern int dirty_persist_try_store (struct dirty_persist *persist,
+                                    GError **error);
 
 /* Takes locks.  Give the container to another program, or take it back. */
 extern int dirty_persist_set_active (struct dirty_persist *persist,

@@ -42,7 +42,7 @@
 
 struct qcow2_bitmap_store {
   struct qcow2_image *image;
-  struct qcow2_allocator *allocator;
+  struct qcow2_allocator *allocator; /* NULL until it is needed */
   struct qcow2_bitmaps place;   /* of the directory */
   GPtrArray *bitmaps;
   GHashTable *by_name;          /* the same */
@@ -83,11 +83,9 @@ qcow2_bitmap_store_open (struct qcow2_image *image,
   store->fresh = g_array_new (FALSE, FALSE, sizeof (struct run));
   if (qcow2_bitmaps_find (image->header, &store->place, error) == 0)
     bitmaps = qcow2_bitmaps_load (image->header, &store->place, io, error);
-  if (bitmaps) {
+  if (bitmaps)
     set_bitmaps (store, bitmaps);
-    store->allocator = qcow2_allocator_new (image, io, error);
-  }
-  if (!store->allocator)
+  else
     g_clear_pointer (&store, qcow2_bitmap_store_close);
   return store;
 }
@@ -117,46 +115,6 @@ qcow2_bitmap_store_find (const struct qcow2_bitmap_store *store,
   return g_hash_table_lookup (store->by_name, name);
 }
 
-/* Clusters. */
-
-static int
-allocate (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
-          uint64_t clusters, uint64_t *offset, GError **error)
-{
-  struct run run = { .clusters = clusters };
-
-  if (qcow2_allocate (store->allocator, io, clusters, &run.offset,
-                      error) == -1) {
-    store->cannot_free = true;
-    return -1;
-  }
-  g_array_append_val (store->fresh, run);
-  *offset = run.offset;
-  return 0;
-}
-
-/* Something refers to the clusters that were allocated. */
-static void
-keep_fresh (struct qcow2_bitmap_store *store)
-{
-  g_array_set_size (store->fresh, 0);
-}
-
-/* Nothing ever will.  Returns -1. */
-static int
-give_back_fresh (struct qcow2_bitmap_store *store, const struct qcow2_io *io)
-{
-  for (guint i = 0; i < store->fresh->len && !store->cannot_free; ++i) {
-    const struct run *run = &g_array_index (store->fresh, struct run, i);
-
-    store->cannot_free =
-      qcow2_free (store->allocator, io, run->offset, run->clusters,
-                  NULL) == -1;
-  }
-  keep_fresh (store);
-  return -1;
-}
-
 /* Sizes. */
 
 static uint64_t
@@ -182,6 +140,95 @@ static uint64_t
 table_bytes (const struct qcow2_bitmap *bitmap)
 {
   return (uint64_t) bitmap->table_entries * 8;
+}
+
+/* Clusters. */
+
+static int
+need_allocator (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+                GError **error)
+{
+  if (!store->allocator)
+    store->allocator = qcow2_allocator_new (store->image, io, error);
+  return store->allocator ? 0 : -1;
+}
+
+static bool
+overlaps (const struct run *run, uint64_t cluster_size, uint64_t offset,
+          uint64_t bytes)
+{
+  return run->offset < offset + bytes &&
+    offset < run->offset + run->clusters * cluster_size;
+}
+
+/* The allocator knows what else is in use whatever its refcount says. */
+static int
+check_free (const struct qcow2_bitmap_store *store, const struct run *run,
+            GError **error)
+{
+  const uint64_t cluster_size = store->image->cluster_size;
+  bool used = overlaps (run, cluster_size, store->place.directory_offset,
+                        store->place.directory_size);
+
+  for (guint i = 0; i < store->bitmaps->len && !used; ++i) {
+    const struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    used = overlaps (run, cluster_size, bitmap->table_offset,
+                     table_bytes (bitmap));
+  }
+  if (!used)
+    return 0;
+  return qcow2_fail (error, EIO, "the cluster at offset %" PRIu64 " has the "
+                     "refcount 0, but a bitmap is there: the image is "
+                     "corrupt", run->offset);
+}
+
+static int
+allocate (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+          uint64_t clusters, uint64_t *offset, GError **error)
+{
+  struct run run = { .clusters = clusters };
+
+  if (need_allocator (store, io, error) == -1 ||
+      qcow2_allocate (store->allocator, io, clusters, &run.offset,
+                      error) == -1 ||
+      check_free (store, &run, error) == -1) {
+    store->cannot_free = true;
+    return -1;
+  }
+  g_array_append_val (store->fresh, run);
+  *offset = run.offset;
+  return 0;
+}
+
+static int
+release (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+         uint64_t offset, uint64_t clusters, GError **error)
+{
+  if (need_allocator (store, io, error) == -1)
+    return -1;
+  return qcow2_free (store->allocator, io, offset, clusters, error);
+}
+
+/* Something refers to the clusters that were allocated. */
+static void
+keep_fresh (struct qcow2_bitmap_store *store)
+{
+  g_array_set_size (store->fresh, 0);
+}
+
+/* Nothing ever will.  Returns -1. */
+static int
+give_back_fresh (struct qcow2_bitmap_store *store, const struct qcow2_io *io)
+{
+  for (guint i = 0; i < store->fresh->len && !store->cannot_free; ++i) {
+    const struct run *run = &g_array_index (store->fresh, struct run, i);
+
+    store->cannot_free =
+      release (store, io, run->offset, run->clusters, NULL) == -1;
+  }
+  keep_fresh (store);
+  return -1;
 }
 
 /* Tables. */
@@ -257,10 +304,22 @@ use_clusters (const struct qcow2_bitmap_store *store,
                      "damaged", name, bytes, offset);
 }
 
+/* A table with bad entries can be one of a bitmap that is not used. */
 static int
-use_content (const struct qcow2_bitmap_store *store, struct dirty_bits *used,
-             const struct qcow2_bitmap *bitmap, GError **error)
+use_content (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+             struct dirty_bits *used, struct qcow2_bitmap *bitmap,
+             GError **error)
 {
+  GError *e = NULL;
+
+  if (load_table (store, io, bitmap, &e) == -1) {
+    if (e->code != EINVAL) {
+      g_propagate_error (error, e);
+      return -1;
+    }
+    g_error_free (e);
+    return 0;
+  }
   for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
     const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
 
@@ -287,8 +346,8 @@ qcow2_bitmap_store_check (struct qcow2_bitmap_store *store,
 
     r = use_clusters (store, used, bitmap, bitmap->table_offset,
                       clusters_for (store, table_bytes (bitmap)), error);
-    if (r == 0 && load_table (store, io, bitmap, NULL) == 0)
-      r = use_content (store, used, bitmap, error);
+    if (r == 0)
+      r = use_content (store, io, used, bitmap, error);
     forget_table (bitmap);
   }
   dirty_bits_free (used);
@@ -503,7 +562,7 @@ free_unused (const struct save *s, GError **error)
     for (n = 1; i + n < s->unused->len &&
            unused[i + n] == unused[i] + (uint64_t) n * cluster_size; ++n)
       ;
-    if (qcow2_free (s->store->allocator, s->io, unused[i], n, error) == -1)
+    if (release (s->store, s->io, unused[i], n, error) == -1)
       return -1;
   }
   return 0;
@@ -858,11 +917,11 @@ free_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
     for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
       const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
 
-      if (offset && qcow2_free (store->allocator, io, offset, 1, error) == -1)
+      if (offset && release (store, io, offset, 1, error) == -1)
         return -1;
     }
-  return qcow2_free (store->allocator, io, bitmap->table_offset,
-                     clusters_for (store, table_bytes (bitmap)), error);
+  return release (store, io, bitmap->table_offset,
+                  clusters_for (store, table_bytes (bitmap)), error);
 }
 
 /* Free the old directory, and the bitmaps that were removed. */
@@ -881,9 +940,8 @@ free_old (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   }
   if (store->place.nr == 0)
     return 0;
-  return qcow2_free (store->allocator, io, store->place.directory_offset,
-                     clusters_for (store, store->place.directory_size),
-                     error);
+  return release (store, io, store->place.directory_offset,
+                  clusters_for (store, store->place.directory_size), error);
 }
 
 int

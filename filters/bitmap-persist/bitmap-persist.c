@@ -441,7 +441,9 @@ begin_write (struct handle *h, uint32_t count, uint64_t offset, int *err)
   if (dirty_persist_begin_write (persist, offset, count, &error) == 0)
     return 0;
   dirty_gate_leave (&node->gates[DIRTY_GATE_PERSIST]);
-  *err = error->code;
+  /* What has another meaning for clients, or none, is EIO. */
+  *err = error->code == 0 || error->code == ENOTSUP ||
+    error->code == EOPNOTSUPP ? EIO : error->code;
   return report (error);
 }
 

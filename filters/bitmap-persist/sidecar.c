@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -94,7 +95,9 @@ fill (struct sidecar *s, const char *temporary, uint64_t size,
   }
   if (lock_file (&s->file, QCOW2_LOCK_WRITER, error) == -1)
     return -1;
-  if (link (temporary, s->path) == -1)
+  /* Not all file systems have links. */
+  if (link (temporary, s->path) == -1 &&
+      (errno == EEXIST || rename (temporary, s->path) == -1))
     return qcow2_fail (error, errno, "%s: %s", s->path, g_strerror (errno));
   return sync_directory (s->path, error);
 }

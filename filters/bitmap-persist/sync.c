@@ -24,14 +24,20 @@ static struct dirty_persist *persist; /* NULL when stopped; under the lock */
 static unsigned interval;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+static void
+complain (const GError *error, bool last)
+{
+  nbdkit_error ("bitmap-persist: bitmaps cannot be stored%s: %s",
+                last ? "" : ", which will be tried again", error->message);
+}
+
 void
 sync_now (struct dirty_persist *p, bool last)
 {
   g_autoptr (GError) error = NULL;
 
   if (dirty_persist_store (p, last, &error) == -1)
-    nbdkit_error ("bitmap-persist: bitmaps cannot be stored%s: %s",
-                  last ? "" : ", which will be tried again", error->message);
+    complain (error, last);
 }
 
 /* Returns false when there is nothing more to be done. */
@@ -69,10 +75,12 @@ sync_sometimes (struct dirty_persist *p)
   static atomic_llong last;
   const long long now = g_get_monotonic_time ();
   long long before = atomic_load (&last);
+  g_autoptr (GError) error = NULL;
 
   if (interval > 0 && now - before >= interval * G_USEC_PER_SEC &&
-      atomic_compare_exchange_strong (&last, &before, now) && before != 0)
-    sync_now (p, false);
+      atomic_compare_exchange_strong (&last, &before, now) && before != 0 &&
+      dirty_persist_try_store (p, &error) == -1)
+    complain (error, false);
 }
 
 int

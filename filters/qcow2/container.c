@@ -130,6 +130,8 @@ container_pwrite (const struct qcow2_io *io, const void *buf, size_t count,
     return -1;
   if (n == count)
     return 0;
+  if (!file->pwrite)
+    return fail (EROFS, "writing", count, offset, error);
   return file->pwrite (file, (const char *) buf + n, count - n, offset + n,
                        error);
 }
@@ -238,7 +240,6 @@ container_open (struct dirty_container *container, uint64_t size,
   written.io.pwrite = writable ? container_pwrite : NULL;
   written.io.flush = container_flush;
   written.io.grow = container_grow;
-  disk_take_back ("");
   return &written.io;
 }
 
@@ -252,6 +253,12 @@ static int
 container_release (struct dirty_container *container, GError **error)
 {
   return disk_give_away ("", error);
+}
+
+static void
+container_take_back (struct dirty_container *container)
+{
+  disk_take_back ("");
 }
 
 /* Are the bitmaps all right, if the file is an image at all? */
@@ -314,6 +321,7 @@ container_offer (void)
   written.container.close = container_close;
   written.container.check = container_check;
   written.container.release = container_release;
+  written.container.take_back = container_take_back;
   dirty_node_of_export ("")->container = &written.container;
 }
 
