@@ -28,6 +28,7 @@
 #include "control/args.h"
 #include "control/qmp.h"
 #include "control/server.h"
+#include "dirty/persist.h"
 
 #define MAX_CLIENTS 16
 #define INPUT_SIZE (64 << 10)
@@ -211,6 +212,7 @@ run (gpointer data)
 {
   GSource *source = g_unix_fd_source_new (listener, G_IO_IN);
 
+  dirty_persist_outside ();
   g_source_set_callback (source, G_SOURCE_FUNC (accept_client), NULL, NULL);
   g_source_attach (source, context);
   g_main_loop_run (loop);

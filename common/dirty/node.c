@@ -60,6 +60,12 @@ dirty_changes_lock (void)
   g_mutex_lock (&changes_lock);
 }
 
+bool
+dirty_changes_trylock (void)
+{
+  return g_mutex_trylock (&changes_lock);
+}
+
 void
 dirty_changes_unlock (void)
 {
@@ -209,8 +215,8 @@ dirty_nodes_list (void)
   return list;
 }
 
-static void
-resize (struct dirty_node *node, uint64_t size)
+void
+dirty_node_resize (struct dirty_node *node, uint64_t size)
 {
   for (guint i = 0; i < node->bitmaps->len; ++i) {
     struct dirty_bitmap *bitmap = g_ptr_array_index (node->bitmaps, i);
@@ -230,7 +236,7 @@ dirty_node_open (struct dirty_node *node, uint64_t size,
   dirty_lock ();
   if (!node->sized || (node->size != size && node->connections == 0)) {
     dirty_gates_close (&node, 1);
-    resize (node, size);
+    dirty_node_resize (node, size);
     dirty_gates_open (&node, 1);
   }
   else if (node->size != size)
@@ -325,15 +331,18 @@ dirty_bitmap_use (struct dirty_node *node, const char *name,
                   struct dirty_bitmap **bitmap, GError **error)
 {
   struct dirty_bits *bits = NULL;
+  struct dirty_bitmap *found;
 
   dirty_lock ();
-  *bitmap = dirty_bitmap_find (node, name, error);
-  if (*bitmap && (*bitmap)->inconsistent)
+  *bitmap = NULL;
+  found = dirty_bitmap_find (node, name, error);
+  if (found && found->inconsistent)
     dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
                 "cannot be used; it can only be removed", name, node->name);
-  else if (*bitmap) {
-    bits = dirty_bits_copy ((*bitmap)->bits);
-    (*bitmap)->users++;
+  else if (found) {
+    bits = dirty_bits_copy (found->bits);
+    found->users++;
+    *bitmap = found;
   }
   dirty_unlock ();
   return bits;

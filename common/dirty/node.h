@@ -101,6 +101,7 @@ extern int dirty_fail (GError **error, int code, const char *fs, ...)
 extern void dirty_lock (void);
 extern void dirty_unlock (void);
 extern void dirty_changes_lock (void);
+extern bool dirty_changes_trylock (void);
 extern void dirty_changes_unlock (void);
 
 /* Parameters of filters and plugins that tell which nodes there are; each
@@ -139,6 +140,11 @@ enum dirty_access { DIRTY_WRITABLE, DIRTY_READ_ONLY, DIRTY_UNKNOWN };
  */
 extern int dirty_node_open (struct dirty_node *node, uint64_t size,
                             enum dirty_access access, GError **error);
+
+/* With the gates closed.  What the disk gains is dirty in those bitmaps
+ * that record.
+ */
+extern void dirty_node_resize (struct dirty_node *node, uint64_t size);
 
 /* Takes the lock. */
 extern void dirty_node_close (struct dirty_node *node);

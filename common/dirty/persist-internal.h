@@ -43,6 +43,9 @@ struct dirty_persist {
   struct qcow2_image *image;    /* both NULL: to be read again */
   struct qcow2_bitmap_store *store;
   bool diverged;                /* the container may differ from the node */
+  bool flushed;                 /* what was read is stable */
+  bool warned;                  /* of what cannot be helped */
+  bool may_resize;              /* the image may have another size now */
   struct dirty_bits *intent_stored; /* its content there; NULL: not known */
 };
 

@@ -39,6 +39,7 @@
 struct plan {
   struct dirty_persist *p;
   enum persist_purpose purpose;
+  bool only_add;
   bool needs_intent;
   GPtrArray *save;              /* struct dirty_bitmap */
   GPtrArray *replaced;          /* the same, whose content is in add */
@@ -48,11 +49,12 @@ struct plan {
 
 static void
 plan_init (struct plan *plan, struct dirty_persist *p,
-           enum persist_purpose purpose)
+           enum persist_purpose purpose, bool only_add)
 {
   memset (plan, 0, sizeof *plan);
   plan->p = p;
   plan->purpose = purpose;
+  plan->only_add = only_add;
   plan->save = g_ptr_array_new ();
   plan->replaced = g_ptr_array_new ();
   plan->remove = g_ptr_array_new_with_free_func (g_free);
@@ -148,23 +150,20 @@ want_flags (const struct plan *plan, const struct dirty_bitmap *bitmap,
 }
 
 static bool
-is_equal (struct dirty_bits *a, struct dirty_bits *b)
+includes (struct dirty_bits *all, struct dirty_bits *part)
 {
-  const uint64_t count = dirty_bits_count (a);
-  struct dirty_bits *both;
-  bool equal;
+  struct dirty_bits *both = dirty_bits_copy (all);
+  bool includes;
 
-  if (dirty_bits_count (b) != count)
-    return false;
-  both = dirty_bits_copy (a);
-  dirty_bits_merge (both, b);
-  equal = dirty_bits_count (both) == count;
+  dirty_bits_merge (both, part);
+  includes = dirty_bits_count (both) == dirty_bits_count (all);
   dirty_bits_free (both);
-  return equal;
+  return includes;
 }
 
 /* Has the container, of which nothing is known, another content?  If it is
- * marked as in use there it may.
+ * marked as in use there it may have more, but not less: it is not known
+ * what the intent has.
  */
 static int
 compare (const struct plan *plan, struct dirty_bitmap *bitmap,
@@ -180,8 +179,9 @@ compare (const struct plan *plan, struct dirty_bitmap *bitmap,
   bitmap->stored = persist_get_bits (plan->p, stored, error);
   if (!bitmap->stored)
     return -1;
-  *other = !((stored->flags | flags) & QCOW2_BITMAP_IN_USE) &&
-    !is_equal (bitmap->stored, bitmap->bits);
+  *other = !includes (bitmap->stored, bitmap->bits) ||
+    (!((stored->flags | flags) & QCOW2_BITMAP_IN_USE) &&
+     !includes (bitmap->bits, bitmap->stored));
   return 0;
 }
 
@@ -193,7 +193,14 @@ plan_bitmap (struct plan *plan, struct dirty_bitmap *bitmap, GError **error)
   const uint32_t flags = want_flags (plan, bitmap, stored);
   bool replace = !stored || bitmap->replaced;
 
-  if (bitmap->inconsistent)
+  if (bitmap->inconsistent) {
+    /* It may be gone if removing it has failed. */
+    if (!stored)
+      plan_add (plan, bitmap->name, dirty_bits_granularity_bits (bitmap->bits),
+                QCOW2_BITMAP_IN_USE, NULL);
+    return 0;
+  }
+  if (stored && plan->only_add)
     return 0;
   plan->needs_intent |= (flags & QCOW2_BITMAP_IN_USE) != 0;
   if (!replace && plan->purpose == PERSIST_RECONCILE &&
@@ -255,7 +262,8 @@ choose_granularity (const struct dirty_persist *p)
 
   if (p->options.intent_granularity_bits)
     return p->options.intent_granularity_bits;
-  while (bits < MAX_INTENT_BITS && p->node->size >> bits >= INTENT_REGIONS)
+  while ((bits < MAX_INTENT_BITS && p->node->size >> bits >= INTENT_REGIONS)
+         || p->node->size >> bits >> 3 >= QCOW2_MAX_BITMAP_BYTES / 2)
     bits++;
   return bits;
 }
@@ -292,6 +300,18 @@ plan_to_save_all (struct plan *plan)
   }
 }
 
+/* One that is not kept must not be there when bitmaps are in use to which
+ * it says nothing.
+ */
+static bool
+is_intent_outdated (const struct plan *plan)
+{
+  if (plan->p->options.intent)
+    return plan->purpose == PERSIST_CLEAN;
+  return plan->needs_intent || plan->purpose == PERSIST_CLEAN ||
+    plan->purpose == PERSIST_ARM;
+}
+
 static int
 plan_intent (struct plan *plan, GError **error)
 {
@@ -300,8 +320,7 @@ plan_intent (struct plan *plan, GError **error)
     qcow2_bitmap_store_find (p->store, DIRTY_INTENT_NAME) != NULL;
 
   if (plan->purpose == PERSIST_CLEAN || !p->options.intent) {
-    if (exists && plan->purpose != PERSIST_COMMIT &&
-        plan->purpose != PERSIST_RECONCILE) {
+    if (exists && is_intent_outdated (plan)) {
       plan_to_save_all (plan);
       plan_remove (plan, DIRTY_INTENT_NAME);
     }
@@ -322,11 +341,11 @@ plan_intent (struct plan *plan, GError **error)
 }
 
 static int
-make_plan (struct plan *plan, bool only_add, GError **error)
+make_plan (struct plan *plan, GError **error)
 {
   const GPtrArray *bitmaps = plan->p->node->bitmaps;
 
-  if (!only_add)
+  if (!plan->only_add)
     plan_others (plan);
   for (guint i = 0; i < bitmaps->len; ++i) {
     struct dirty_bitmap *bitmap = g_ptr_array_index (bitmaps, i);
@@ -374,6 +393,26 @@ save_all (const struct plan *plan, GError **error)
   return 0;
 }
 
+/* If the header is so that a crash could tear it there are no bitmaps
+ * while it changes.
+ */
+static void
+warn_of_gap (struct dirty_persist *p)
+{
+  g_autofree char *message = NULL;
+
+  if (p->warned || !qcow2_header_find_extension (p->image->header,
+                                                 QCOW2_EXT_BITMAPS) ||
+      !qcow2_header_extension_can_tear (p->image->header, QCOW2_EXT_BITMAPS))
+    return;
+  p->warned = true;
+  message = g_strdup_printf ("%s: the place of the bitmaps lies across two "
+                             "sectors of the header: a crash at the moment "
+                             "when their number changes loses them",
+                             p->container->name);
+  p->options.report (message);
+}
+
 static int
 change_directory (const struct plan *plan, const GArray *flags,
                   GError **error)
@@ -382,6 +421,7 @@ change_directory (const struct plan *plan, const GArray *flags,
     .remove = plan->remove, .add = plan->add, .flags = flags,
   };
 
+  warn_of_gap (plan->p);
   return qcow2_bitmap_store_change (plan->p->store, plan->p->io, &changes,
                                     error);
 }
@@ -426,7 +466,7 @@ follow (const struct plan *plan, GError **error)
   }
 }
 
-/* It was done. */
+/* Nothing is left to be done. */
 static void
 note (const struct plan *plan)
 {
@@ -458,15 +498,15 @@ persist_write_state (struct dirty_persist *p, enum persist_purpose purpose,
   struct plan plan;
   int r;
 
-  plan_init (&plan, p, purpose);
-  r = make_plan (&plan, only_add, error);
+  plan_init (&plan, p, purpose, only_add);
+  r = make_plan (&plan, error);
   if (r == 0 && !is_empty (&plan)) {
     r = qcow2_header_begin_writing (p->image->header, p->io, error);
     if (r == 0)
       r = follow (&plan, error);
-    if (r == 0)
-      note (&plan);
   }
+  if (r == 0)
+    note (&plan);
   plan_clear (&plan);
   if (r == -1)
     persist_drop (p);

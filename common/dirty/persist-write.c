@@ -72,6 +72,32 @@ dirty_persist_remove_writer (struct dirty_persist *p)
   atomic_fetch_sub (&p->writers, 1);
 }
 
+/* Is there anything that writes make stale? */
+static bool
+is_recording (const struct dirty_node *node)
+{
+  for (guint i = 0; i < node->bitmaps->len; ++i) {
+    const struct dirty_bitmap *bitmap = g_ptr_array_index (node->bitmaps, i);
+
+    if (bitmap->persistent && bitmap->recording && !bitmap->inconsistent)
+      return true;
+  }
+  return false;
+}
+
+static int
+arm_container (struct dirty_persist *p, GError **error)
+{
+  if (!is_recording (p->node))
+    return 0;
+  if (persist_read_to_write (p, error) == -1 ||
+      persist_write_state (p, PERSIST_ARM, false, error) == -1)
+    return -1;
+  if (p->intent_stored && p->options.intent)
+    persist_begin_intent (p);
+  return 0;
+}
+
 /* Get all ready for writes, if another write has not done it. */
 static int
 arm (struct dirty_persist *p, GError **error)
@@ -80,14 +106,8 @@ arm (struct dirty_persist *p, GError **error)
 
   g_mutex_lock (&p->lock);
   if (!atomic_load (&p->armed)) {
-    r = persist_read_to_write (p, error);
-    if (r == 0)
-      r = persist_write_state (p, PERSIST_ARM, false, error);
-    if (r == 0) {
-      if (p->intent_stored && p->options.intent)
-        persist_begin_intent (p);
-      atomic_store (&p->armed, true);
-    }
+    r = arm_container (p, error);
+    atomic_store (&p->armed, r == 0);
   }
   g_mutex_unlock (&p->lock);
   return r;

@@ -22,6 +22,31 @@
 #include "qcow2/error.h"
 #include "qcow2/format.h"
 
+static _Thread_local bool is_outside;
+
+void
+dirty_persist_outside (void)
+{
+  is_outside = true;
+}
+
+/* May this thread use the container? */
+static bool
+may_use (const struct dirty_persist *p)
+{
+  return !(p->container->requests_only && is_outside);
+}
+
+static int
+check_may_use (const struct dirty_persist *p, GError **error)
+{
+  if (may_use (p))
+    return 0;
+  return dirty_fail (error, ENOTSUP, "%s: this cannot be stored now, as the "
+                     "plugin or a filter handles one request of all clients "
+                     "at a time; use bitmap-store=FILE", p->container->name);
+}
+
 struct dirty_persist *
 dirty_persist_new (struct dirty_node *node, struct dirty_container *container,
                    const struct dirty_persist_options *options)
@@ -91,6 +116,7 @@ persist_drop (struct dirty_persist *p)
   p->store = NULL;
   p->image = NULL;
   p->diverged = true;
+  p->flushed = false;
   g_clear_pointer (&p->intent_stored, dirty_bits_free);
   for (guint i = 0; i < bitmaps->len; ++i) {
     struct dirty_bitmap *bitmap = g_ptr_array_index (bitmaps, i);
@@ -107,6 +133,10 @@ check_size (const struct dirty_persist *p, GError **error)
 
   if (size / 512 == wanted / 512 + (wanted % 512 != 0))
     return 0;
+  if (p->may_resize) {
+    dirty_node_resize (p->node, size & ~UINT64_C (511));
+    return 0;
+  }
   return qcow2_fail (error, EINVAL, "its bitmaps are those of a disk of %"
                      PRIu64 " bytes, but this one has %" PRIu64, size,
                      wanted);
@@ -152,6 +182,12 @@ persist_read_to_write (struct dirty_persist *p, GError **error)
     return qcow2_fail (error, EROFS, "it is read-only");
   if (persist_read (p, error) == -1)
     return -1;
+  /* What was read may have been written just before a crash. */
+  if (!p->flushed && p->io->flush (p->io, error) == -1) {
+    persist_drop (p);
+    return -1;
+  }
+  p->flushed = true;
   if (p->diverged) {
     if (persist_write_state (p, PERSIST_RECONCILE, false, error) == -1)
       return -1;
@@ -193,6 +229,19 @@ persist_find_intent (struct dirty_persist *p, GError **error)
   return -1;
 }
 
+struct qcow2_image *
+dirty_persist_probe (const struct qcow2_io *io, GError **error)
+{
+  struct qcow2_image *image = qcow2_image_open (io, error);
+  struct qcow2_bitmap_store *store =
+    image ? qcow2_bitmap_store_open (image, io, error) : NULL;
+
+  if (!store)
+    g_clear_pointer (&image, qcow2_image_close);
+  qcow2_bitmap_store_close (store);
+  return image;
+}
+
 /* Loading. */
 
 static struct dirty_bitmap *
@@ -208,24 +257,37 @@ new_bitmap (struct dirty_persist *p, const struct qcow2_bitmap *stored)
   return bitmap;
 }
 
+static void
+make_inconsistent (const struct dirty_persist *p, struct dirty_bitmap *bitmap)
+{
+  bitmap->inconsistent = true;
+  report (p, "%s: bitmap '%s' is inconsistent, because it was in use when "
+          "a program ended without storing it; it can only be removed",
+          p->container->name, bitmap->name);
+}
+
 /* Whether it was complete in the container, or can be made so. */
 static int
 load_content (struct dirty_persist *p, struct dirty_bitmap *bitmap,
               struct qcow2_bitmap *stored, GError **error)
 {
   const bool in_use = stored->flags & QCOW2_BITMAP_IN_USE;
+  g_autoptr (GError) e = NULL;
 
   if (in_use && (!bitmap->recording || !p->intent_stored ||
                  !qcow2_bitmap_store_fits (p->store, stored))) {
-    bitmap->inconsistent = true;
-    report (p, "%s: bitmap '%s' is inconsistent, because it was in use when "
-            "a program ended without storing it; it can only be removed",
-            p->container->name, bitmap->name);
+    make_inconsistent (p, bitmap);
     return 0;
   }
-  bitmap->stored = persist_get_bits (p, stored, error);
-  if (!bitmap->stored)
+  bitmap->stored = persist_get_bits (p, stored, &e);
+  if (!bitmap->stored && in_use && e->code == EINVAL) {
+    make_inconsistent (p, bitmap);
+    return 0;
+  }
+  if (!bitmap->stored) {
+    g_propagate_error (error, g_steal_pointer (&e));
     return -1;
+  }
   dirty_bits_merge (bitmap->bits, bitmap->stored);
   if (in_use) {
     dirty_bits_merge (bitmap->bits, p->intent_stored);
@@ -264,12 +326,27 @@ load_bitmaps (struct dirty_persist *p, GError **error)
   return g_steal_pointer (&bitmaps);
 }
 
+/* Can an intent of the granularity that the user wants be stored? */
+static int
+check_granularity (const struct dirty_persist *p, GError **error)
+{
+  const unsigned bits = p->options.intent_granularity_bits;
+
+  if (!bits || p->node->size >> bits >> 3 <= QCOW2_MAX_BITMAP_BYTES / 2)
+    return 0;
+  return qcow2_fail (error, EINVAL, "bitmap-intent-granularity: %" PRIu64
+                     " is too small for a disk of %" PRIu64 " bytes",
+                     UINT64_C (1) << bits, p->node->size);
+}
+
 static int
 read_bitmaps (struct dirty_persist *p, GError **error)
 {
   GPtrArray *bitmaps = NULL;
 
-  if (persist_read (p, error) == 0 && persist_find_intent (p, error) == 0)
+  if (check_granularity (p, error) == 0 && persist_read (p, error) == 0 &&
+      qcow2_bitmap_store_check (p->store, p->io, error) == 0 &&
+      persist_find_intent (p, error) == 0)
     bitmaps = load_bitmaps (p, error);
   if (!bitmaps)
     return persist_fail (p, error);
@@ -432,11 +509,24 @@ dirty_persist_store (struct dirty_persist *p, bool last, GError **error)
   int r = 0;
 
   dirty_changes_lock ();
-  if (p->loaded && p->options.writable) {
+  if (p->loaded && p->options.writable && may_use (p)) {
     r = store_changes (p, error);
     if (r == 0)
       r = clean_if_idle (p, last, error);
   }
+  dirty_changes_unlock ();
+  return r == -1 ? persist_fail (p, error) : 0;
+}
+
+int
+dirty_persist_try_store (struct dirty_persist *p, GError **error)
+{
+  int r = 0;
+
+  if (!dirty_changes_trylock ())
+    return 0;
+  if (p->loaded && p->options.writable)
+    r = store_changes (p, error);
   dirty_changes_unlock ();
   return r == -1 ? persist_fail (p, error) : 0;
 }
@@ -487,12 +577,22 @@ deactivate (struct dirty_persist *p, GError **error)
   return 0;
 }
 
-/* If the disk was not yet opened there is nothing to be loaded yet. */
+/* If the disk was not yet opened there is nothing to be loaded yet.  The
+ * other program may have resized the image.
+ */
 static int
 activate (struct dirty_persist *p, GError **error)
 {
-  if (p->node->sized && load (p, error) == -1)
+  int r = 0;
+
+  p->may_resize = p->container->is_image;
+  if (p->node->sized)
+    r = load (p, error);
+  p->may_resize = false;
+  if (r == -1)
     return -1;
+  if (p->container->take_back)
+    p->container->take_back (p->container);
   p->active = true;
   p->node->inactive = false;
   return 0;
@@ -504,6 +604,8 @@ dirty_persist_set_active (struct dirty_persist *p, bool active,
 {
   int r = 0;
 
+  if (check_may_use (p, error) == -1)
+    return -1;
   dirty_changes_lock ();
   dirty_lock ();
   dirty_gates_close (&p->node, 1);
@@ -518,15 +620,33 @@ dirty_persist_set_active (struct dirty_persist *p, bool active,
 /* Transactions. */
 
 int
-dirty_persist_check (const struct dirty_persist *p, GError **error)
+dirty_persist_check (struct dirty_persist *p, GError **error)
 {
+  int r;
+
   if (!p->loaded)
     return dirty_fail (error, EINVAL, "Node '%s' has not been opened yet, so "
                        "its bitmaps are not known", p->node->name);
   if (!p->options.writable)
     return dirty_fail (error, EROFS, "Node '%s' is read-only",
                        p->node->name);
-  return 0;
+  if (check_may_use (p, error) == -1)
+    return -1;
+  g_mutex_lock (&p->lock);
+  r = persist_read_to_write (p, error);
+  g_mutex_unlock (&p->lock);
+  return r == -1 ? persist_fail (p, error) : 0;
+}
+
+bool
+dirty_persist_has (struct dirty_persist *p, const char *name)
+{
+  bool has;
+
+  g_mutex_lock (&p->lock);
+  has = p->store && qcow2_bitmap_store_find (p->store, name);
+  g_mutex_unlock (&p->lock);
+  return has;
 }
 
 bool
@@ -555,8 +675,11 @@ dirty_persist_revert (struct dirty_persist *p)
 
   g_mutex_lock (&p->lock);
   persist_drop (p);
-  if (persist_read_to_write (p, &error) == -1)
+  if (persist_read_to_write (p, &error) == -1) {
     report (p, "%s: %s; this will be tried again", p->container->name,
             error->message);
+    /* Not even by a write that the intent has already. */
+    persist_disarm (p);
+  }
   g_mutex_unlock (&p->lock);
 }

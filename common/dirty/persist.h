@@ -28,7 +28,7 @@
 #include <glib.h>
 
 #include "dirty/node.h"
-#include "qcow2/io.h"
+#include "qcow2/image.h"
 
 /* The bitmap that says where writes have been since bitmaps were stored. */
 #define DIRTY_INTENT_NAME "nbdkit-write-intent"
@@ -37,6 +37,7 @@
 struct dirty_container {
   const char *name;             /* for messages */
   bool is_image;                /* of the disk itself */
+  bool requests_only;           /* no thread of ours may use it */
 
   /* Open it for a disk of that size, so that no other program uses it at
    * the same time.  The result is valid until close; NULL with error set.
@@ -48,9 +49,11 @@ struct dirty_container {
   void (*close) (struct dirty_container *container);
 
   /* Before it is closed to be given to another program: an error if it is
-   * being used in other ways.  May be NULL.
+   * being used in other ways, which it cannot be until it is taken back,
+   * when it was opened again.  Both may be NULL.
    */
   int (*release) (struct dirty_container *container, GError **error);
+  void (*take_back) (struct dirty_container *container);
 
   /* Before the server starts: what can be seen already to be wrong.  -1
    * with error set.
@@ -76,6 +79,18 @@ dirty_persist_new (struct dirty_node *node,
                    struct dirty_container *container,
                    const struct dirty_persist_options *options);
 
+/* Look if an image can keep bitmaps, and those that it has make sense as
+ * far as they are described in the directory.  Close the image; NULL with
+ * error set.
+ */
+extern struct qcow2_image *dirty_persist_probe (const struct qcow2_io *io,
+                                                GError **error);
+
+/* The calling thread is one of ours, and not one on which nbdkit has called
+ * us: it cannot use containers that are for requests only.
+ */
+extern void dirty_persist_outside (void);
+
 /* When nobody uses the node any more: the container is closed as it is. */
 extern void dirty_persist_free (struct dirty_persist *persist);
 
@@ -100,9 +115,17 @@ extern int dirty_persist_begin_write (struct dirty_persist *persist,
 
 /* Takes locks.  Store what has changed.  If there are no writers, or if it
  * is for the last time, the container becomes as if nobody had it open.
+ * A thread that cannot use the container does nothing.
  */
 extern int dirty_persist_store (struct dirty_persist *persist, bool last,
                                 GError **error);
+
+/* For a writer that is still inside the outer gates, where it must not wait
+ * for anybody: store what has changed, if nobody else is doing things to
+ * bitmaps.
+ */
+extern int dirty_persist_try_store (struct dirty_persist *persist,
+                                    GError **error);
 
 /* Takes locks.  Give the container to another program, or take it back. */
 extern int dirty_persist_set_active (struct dirty_persist *persist,
@@ -113,12 +136,20 @@ extern int dirty_persist_set_active (struct dirty_persist *persist,
 /* May the container be changed? */
 extern bool dirty_persist_is_writable (const struct dirty_persist *persist);
 
-/* Can persistent bitmaps be changed now? */
-extern int dirty_persist_check (const struct dirty_persist *persist,
+/* Can persistent bitmaps be changed now?  Before any is changed: the
+ * container becomes what they are, if it may not be.
+ */
+extern int dirty_persist_check (struct dirty_persist *persist,
                                 GError **error);
 
+/* Has the container a bitmap of this name, though the node may not have it
+ * any more?  After dirty_persist_check.
+ */
+extern bool dirty_persist_has (struct dirty_persist *persist,
+                               const char *name);
+
 /* Let the container have the persistent bitmaps of the node as they are
- * now.  With only_add it keeps those that the node no longer has.
+ * now.  With only_add it only gets those of which it has none of the name.
  */
 extern int dirty_persist_commit (struct dirty_persist *persist,
                                  bool only_add, GError **error);

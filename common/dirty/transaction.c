@@ -244,7 +244,9 @@ find_usable (struct dirty_node *node, const char *name, unsigned allow,
   else if (bitmap->inconsistent && !(allow & ALLOW_INCONSISTENT))
     dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' is inconsistent and "
                 "cannot be used; it can only be removed", name, node->name);
-  else if (!bitmap->persistent || allow & ALLOW_READ_ONLY ||
+  else if (!bitmap->persistent ||
+           (allow & ALLOW_READ_ONLY &&
+            !dirty_persist_is_writable (node->persist)) ||
            check_persist (node, name, error) == 0)
     return bitmap;
   return NULL;
@@ -487,6 +489,24 @@ undo_move (gpointer opaque)
   g_free (before);
 }
 
+/* A bitmap is stored in another container before it is removed from its
+ * own, so the name must be free there already.
+ */
+static int
+check_move (const struct dirty_node *node,
+            const struct dirty_node *target_node, const char *target_name,
+            GError **error)
+{
+  if (check_persist (target_node, target_name, error) == -1)
+    return -1;
+  if (node == target_node ||
+      !dirty_persist_has (target_node->persist, target_name))
+    return 0;
+  return dirty_fail (error, EEXIST, "Bitmap '%s' of node '%s' is removed by "
+                     "the same transaction: move another one there in the "
+                     "next", target_name, target_node->name);
+}
+
 int
 dirty_bitmap_move (struct dirty_transaction *t, struct dirty_node *node,
                    const char *name, struct dirty_node *target_node,
@@ -501,7 +521,8 @@ dirty_bitmap_move (struct dirty_transaction *t, struct dirty_node *node,
     return dirty_fail (error, EINVAL, "Bitmap '%s' of node '%s' cannot be "
                        "moved to node '%s': their disks have different "
                        "sizes", name, node->name, target_node->name);
-  if (bitmap->persistent && check_persist (target_node, name, error) == -1)
+  if (bitmap->persistent &&
+      check_move (node, target_node, target_name, error) == -1)
     return -1;
   dirty_transaction_push (t, commit_move, undo_move, remember (bitmap));
   touch (t, bitmap);

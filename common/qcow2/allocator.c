@@ -71,11 +71,29 @@ load_table (struct qcow2_allocator *a, const struct qcow2_io *io,
   for (uint64_t i = 0; i < a->entries; ++i) {
     a->table[i] = qcow2_be64 (&a->table[i]);
     if (a->table[i] & (a->image->cluster_size - 1) ||
-        a->table[i] > INT64_MAX)
+        a->table[i] >= io->get_size (io))
       return qcow2_fail (error, EIO, "entry %" PRIu64 " of the refcount table "
                          "is %" PRIu64 ", which is not the offset of a "
-                         "cluster", i, a->table[i]);
+                         "cluster in the file", i, a->table[i]);
   }
+  return 0;
+}
+
+/* Of refcount blocks each describes other clusters; one that is used twice
+ * would have to be changed in two places, and a small file could describe
+ * any number of them.
+ */
+static int
+check_blocks (const struct qcow2_allocator *a, GError **error)
+{
+  g_autoptr (GHashTable) seen = g_hash_table_new (g_int64_hash,
+                                                  g_int64_equal);
+
+  for (uint64_t i = 0; i < a->entries; ++i)
+    if (a->table[i] && !g_hash_table_add (seen, &a->table[i]))
+      return qcow2_fail (error, EIO, "entry %" PRIu64 " of the refcount table "
+                         "is %" PRIu64 ", as is another one: the image is "
+                         "corrupt", i, a->table[i]);
   return 0;
 }
 
@@ -87,7 +105,7 @@ qcow2_allocator_new (struct qcow2_image *image, const struct qcow2_io *io,
 
   a->image = image;
   a->blocks = g_hash_table_new_full (NULL, NULL, NULL, g_free);
-  if (load_table (a, io, error) == -1) {
+  if (load_table (a, io, error) == -1 || check_blocks (a, error) == -1) {
     qcow2_allocator_free (a);
     return NULL;
   }
@@ -398,6 +416,41 @@ make_room (struct qcow2_allocator *a, const struct qcow2_io *io,
   return create_blocks (a, io, index, blocks, error);
 }
 
+static bool
+overlaps (uint64_t offset, uint64_t bytes, uint64_t other_offset,
+          uint64_t other_bytes)
+{
+  return offset < other_offset + other_bytes && other_offset < offset + bytes;
+}
+
+/* Clusters that are in use whatever their refcount says: an image in which
+ * it is wrong must not lose more than it has lost.
+ */
+static int
+check_free (const struct qcow2_allocator *a, uint64_t first,
+            uint64_t clusters, GError **error)
+{
+  const struct qcow2_header *header = a->image->header;
+  const uint64_t cluster_size = a->image->cluster_size;
+  const uint64_t offset = first * cluster_size;
+  const uint64_t bytes = clusters * cluster_size;
+  bool used = first == 0 ||
+    overlaps (offset, bytes, header->l1_offset,
+              (uint64_t) header->l1_entries * 8) ||
+    overlaps (offset, bytes, header->refcount_table_offset,
+              header->refcount_table_clusters * cluster_size) ||
+    overlaps (offset, bytes, header->snapshots_offset,
+              a->image->snapshots_length);
+
+  for (uint64_t i = 0; i < a->entries && !used; ++i)
+    used = a->table[i] && overlaps (offset, bytes, a->table[i], cluster_size);
+  if (!used)
+    return 0;
+  return qcow2_fail (error, EIO, "the cluster at offset %" PRIu64 " has the "
+                     "refcount 0, but it is in use: the image is corrupt",
+                     offset);
+}
+
 int
 qcow2_allocate (struct qcow2_allocator *a, const struct qcow2_io *io,
                 uint64_t clusters, uint64_t *offset, GError **error)
@@ -413,7 +466,8 @@ qcow2_allocate (struct qcow2_allocator *a, const struct qcow2_io *io,
     if (make_room (a, io, missing, clusters, error) == -1)
       return -1;
   }
-  if (change (a, io, first, clusters, 1, error) == -1)
+  if (check_free (a, first, clusters, error) == -1 ||
+      change (a, io, first, clusters, 1, error) == -1)
     return -1;
   if (clusters == 1 || first == a->first_free)
     a->first_free = first + clusters;

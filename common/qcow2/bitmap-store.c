@@ -16,6 +16,10 @@
  * new, and flushed; then the header's extension switches to it, in one
  * write; then what only the old one referred to is freed.
  *
+ * Clusters to which nothing refers yet when something fails are given back
+ * if that is possible: what cannot be done is often tried again and again,
+ * and should not leak clusters each time.
+ *
  * The extension is only looked at if a bit of the header's, autoclear, is
  * set: so the bit is set last when the first bitmap is added, and cleared
  * first when the last one is removed.
@@ -38,10 +42,17 @@
 
 struct qcow2_bitmap_store {
   struct qcow2_image *image;
-  struct qcow2_allocator *allocator;
+  struct qcow2_allocator *allocator; /* NULL until it is needed */
   struct qcow2_bitmaps place;   /* of the directory */
   GPtrArray *bitmaps;
   GHashTable *by_name;          /* the same */
+  GArray *fresh;                /* struct run, to which nothing refers yet */
+  bool cannot_free;             /* the allocator has failed */
+};
+
+/* Clusters behind each other. */
+struct run {
+  uint64_t offset, clusters;
 };
 
 /* Opening. */
@@ -69,13 +80,12 @@ qcow2_bitmap_store_open (struct qcow2_image *image,
   GPtrArray *bitmaps = NULL;
 
   store->image = image;
+  store->fresh = g_array_new (FALSE, FALSE, sizeof (struct run));
   if (qcow2_bitmaps_find (image->header, &store->place, error) == 0)
     bitmaps = qcow2_bitmaps_load (image->header, &store->place, io, error);
-  if (bitmaps) {
+  if (bitmaps)
     set_bitmaps (store, bitmaps);
-    store->allocator = qcow2_allocator_new (image, io, error);
-  }
-  if (!store->allocator)
+  else
     g_clear_pointer (&store, qcow2_bitmap_store_close);
   return store;
 }
@@ -88,6 +98,7 @@ qcow2_bitmap_store_close (struct qcow2_bitmap_store *store)
   qcow2_allocator_free (store->allocator);
   g_clear_pointer (&store->by_name, g_hash_table_unref);
   g_clear_pointer (&store->bitmaps, g_ptr_array_unref);
+  g_array_unref (store->fresh);
   g_free (store);
 }
 
@@ -129,6 +140,95 @@ static uint64_t
 table_bytes (const struct qcow2_bitmap *bitmap)
 {
   return (uint64_t) bitmap->table_entries * 8;
+}
+
+/* Clusters. */
+
+static int
+need_allocator (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+                GError **error)
+{
+  if (!store->allocator)
+    store->allocator = qcow2_allocator_new (store->image, io, error);
+  return store->allocator ? 0 : -1;
+}
+
+static bool
+overlaps (const struct run *run, uint64_t cluster_size, uint64_t offset,
+          uint64_t bytes)
+{
+  return run->offset < offset + bytes &&
+    offset < run->offset + run->clusters * cluster_size;
+}
+
+/* The allocator knows what else is in use whatever its refcount says. */
+static int
+check_free (const struct qcow2_bitmap_store *store, const struct run *run,
+            GError **error)
+{
+  const uint64_t cluster_size = store->image->cluster_size;
+  bool used = overlaps (run, cluster_size, store->place.directory_offset,
+                        store->place.directory_size);
+
+  for (guint i = 0; i < store->bitmaps->len && !used; ++i) {
+    const struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    used = overlaps (run, cluster_size, bitmap->table_offset,
+                     table_bytes (bitmap));
+  }
+  if (!used)
+    return 0;
+  return qcow2_fail (error, EIO, "the cluster at offset %" PRIu64 " has the "
+                     "refcount 0, but a bitmap is there: the image is "
+                     "corrupt", run->offset);
+}
+
+static int
+allocate (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+          uint64_t clusters, uint64_t *offset, GError **error)
+{
+  struct run run = { .clusters = clusters };
+
+  if (need_allocator (store, io, error) == -1 ||
+      qcow2_allocate (store->allocator, io, clusters, &run.offset,
+                      error) == -1 ||
+      check_free (store, &run, error) == -1) {
+    store->cannot_free = true;
+    return -1;
+  }
+  g_array_append_val (store->fresh, run);
+  *offset = run.offset;
+  return 0;
+}
+
+static int
+release (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+         uint64_t offset, uint64_t clusters, GError **error)
+{
+  if (need_allocator (store, io, error) == -1)
+    return -1;
+  return qcow2_free (store->allocator, io, offset, clusters, error);
+}
+
+/* Something refers to the clusters that were allocated. */
+static void
+keep_fresh (struct qcow2_bitmap_store *store)
+{
+  g_array_set_size (store->fresh, 0);
+}
+
+/* Nothing ever will.  Returns -1. */
+static int
+give_back_fresh (struct qcow2_bitmap_store *store, const struct qcow2_io *io)
+{
+  for (guint i = 0; i < store->fresh->len && !store->cannot_free; ++i) {
+    const struct run *run = &g_array_index (store->fresh, struct run, i);
+
+    store->cannot_free =
+      release (store, io, run->offset, run->clusters, NULL) == -1;
+  }
+  keep_fresh (store);
+  return -1;
 }
 
 /* Tables. */
@@ -174,6 +274,86 @@ load_table (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   return 0;
 }
 
+/* Tables are kept once they are needed to be changed, not before. */
+static void
+forget_table (struct qcow2_bitmap *bitmap)
+{
+  g_clear_pointer (&bitmap->table, g_free);
+}
+
+/* Add clusters to those that are in use. */
+static int
+use_clusters (const struct qcow2_bitmap_store *store,
+              struct dirty_bits *used, const struct qcow2_bitmap *bitmap,
+              uint64_t offset, uint64_t clusters, GError **error)
+{
+  const uint64_t size = dirty_bits_size (used);
+  const uint64_t bytes = clusters * store->image->cluster_size;
+  g_autofree char *name = NULL;
+  uint64_t length;
+
+  if (offset < size && bytes <= size - offset &&
+      !dirty_bits_get (used, offset, &length) && length >= bytes) {
+    dirty_bits_set (used, offset, bytes);
+    return 0;
+  }
+  name = g_strescape (bitmap->name, NULL);
+  return qcow2_fail (error, EIO, "bitmap \"%s\" refers to %" PRIu64 " bytes "
+                     "at offset %" PRIu64 ", which lie beyond the end of the "
+                     "file, or belong to a bitmap already: the image is "
+                     "damaged", name, bytes, offset);
+}
+
+/* A table with bad entries can be one of a bitmap that is not used. */
+static int
+use_content (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
+             struct dirty_bits *used, struct qcow2_bitmap *bitmap,
+             GError **error)
+{
+  GError *e = NULL;
+
+  if (load_table (store, io, bitmap, &e) == -1) {
+    if (e->code != EINVAL) {
+      g_propagate_error (error, e);
+      return -1;
+    }
+    g_error_free (e);
+    return 0;
+  }
+  for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
+    const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
+
+    if (offset &&
+        use_clusters (store, used, bitmap, offset, 1, error) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+int
+qcow2_bitmap_store_check (struct qcow2_bitmap_store *store,
+                          const struct qcow2_io *io, GError **error)
+{
+  /* A file may end within its last cluster. */
+  struct dirty_bits *used =
+    dirty_bits_new (clusters_for (store, io->get_size (io)) *
+                    store->image->cluster_size,
+                    store->image->header->cluster_bits);
+  int r = 0;
+
+  for (guint i = 0; i < store->bitmaps->len && r == 0; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (store->bitmaps, i);
+
+    r = use_clusters (store, used, bitmap, bitmap->table_offset,
+                      clusters_for (store, table_bytes (bitmap)), error);
+    if (r == 0)
+      r = use_content (store, io, used, bitmap, error);
+    forget_table (bitmap);
+  }
+  dirty_bits_free (used);
+  return r;
+}
+
 /* Write the part of a table, with all that shares its sectors. */
 static int
 write_table (const struct qcow2_io *io, const struct qcow2_bitmap *bitmap,
@@ -198,6 +378,7 @@ qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
   const uint32_t cluster_size = store->image->cluster_size;
   const uint64_t step = bits_per_cluster (store);
   const uint64_t length = dirty_bits_length (bits);
+  const bool was_loaded = bitmap->table != NULL;
   g_autofree uint8_t *buf = g_try_malloc (cluster_size);
 
   if (!buf)
@@ -219,6 +400,8 @@ qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
     else
       dirty_bits_import (bits, i * step, buf, cluster_size);
   }
+  if (!was_loaded)
+    forget_table (bitmap);
   return 0;
 }
 
@@ -245,6 +428,7 @@ struct save {
   uint8_t *buf, *old;           /* a cluster of bits */
   GArray *changed;              /* numbers of entries */
   GArray *unused;               /* offsets of clusters to be freed */
+  bool wrote;
 };
 
 static bool
@@ -255,7 +439,7 @@ differs (const struct save *s, uint32_t pos)
 
 /* Write what differs from what a cluster has. */
 static int
-write_differences (const struct save *s, uint64_t offset, GError **error)
+write_differences (struct save *s, uint64_t offset, GError **error)
 {
   const uint32_t cluster_size = s->store->image->cluster_size;
   uint32_t pos = 0;
@@ -292,10 +476,11 @@ save_cluster (struct save *s, uint32_t i, bool whole, GError **error)
     g_array_append_val (s->changed, i);
     return 0;
   }
+  s->wrote = true;
   if (offset && s->stored)
     return write_differences (s, offset, error);
   if (!offset) {
-    if (qcow2_allocate (s->store->allocator, s->io, 1, &offset, error) == -1)
+    if (allocate (s->store, s->io, 1, &offset, error) == -1)
       return -1;
     s->bitmap->table[i] = offset;
     g_array_append_val (s->changed, i);
@@ -370,10 +555,16 @@ save_table (const struct save *s, GError **error)
 static int
 free_unused (const struct save *s, GError **error)
 {
-  for (guint i = 0; i < s->unused->len; ++i)
-    if (qcow2_free (s->store->allocator, s->io,
-                    g_array_index (s->unused, uint64_t, i), 1, error) == -1)
+  const uint32_t cluster_size = s->store->image->cluster_size;
+  const uint64_t *unused = (const uint64_t *) s->unused->data;
+
+  for (guint i = 0, n; i < s->unused->len; i += n) {
+    for (n = 1; i + n < s->unused->len &&
+           unused[i + n] == unused[i] + (uint64_t) n * cluster_size; ++n)
+      ;
+    if (release (s->store, s->io, unused[i], n, error) == -1)
       return -1;
+  }
   return 0;
 }
 
@@ -389,15 +580,17 @@ qcow2_bitmap_store_save (struct qcow2_bitmap_store *store,
   g_autoptr (GArray) changed = g_array_new (FALSE, FALSE, sizeof (uint32_t));
   g_autoptr (GArray) unused = g_array_new (FALSE, FALSE, sizeof (uint64_t));
   struct save s = {
-    store, io, bitmap, bits, stored, buf, old, changed, unused
+    store, io, bitmap, bits, stored, buf, old, changed, unused, false
   };
 
   if (!buf || !old)
     return qcow2_fail (error, ENOMEM, "no memory for a cluster");
-  if (load_table (store, io, bitmap, error) == -1 ||
-      save_clusters (&s, error) == -1 ||
-      io->flush (io, error) == -1)
+  if (load_table (store, io, bitmap, error) == -1)
     return -1;
+  if (save_clusters (&s, error) == -1 ||
+      (s.wrote && io->flush (io, error) == -1))
+    return give_back_fresh (store, io);
+  keep_fresh (store);
   if (changed->len == 0)
     return 0;
   if (save_table (&s, error) == -1)
@@ -448,23 +641,12 @@ set_of_names (const GPtrArray *names)
   return set;
 }
 
-/* Entries of the table that a bitmap of the whole disk has. */
-static uint64_t
-entries_for (const struct qcow2_bitmap_store *store,
-             uint32_t granularity_bits)
-{
-  const uint64_t granules = divide_up (store->image->header->size,
-                                       UINT64_C (1) << granularity_bits);
-
-  return MAX (divide_up (granules, bits_per_cluster (store)), 1);
-}
-
 bool
 qcow2_bitmap_store_fits (const struct qcow2_bitmap_store *store,
                          const struct qcow2_bitmap *bitmap)
 {
   return bitmap->table_entries ==
-    entries_for (store, bitmap->granularity_bits);
+    qcow2_bitmap_entries (store->image->header, bitmap->granularity_bits);
 }
 
 /* Write content to new clusters; their offsets go to the table. */
@@ -486,7 +668,7 @@ make_content (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
     dirty_bits_export (content, i * step, buf, cluster_size);
     entry = uniform_entry (buf, cluster_size, (i + 1) * step <= length);
     if (entry == UINT64_MAX) {
-      if (qcow2_allocate (store->allocator, io, 1, &offset, error) == -1 ||
+      if (allocate (store, io, 1, &offset, error) == -1 ||
           qcow2_io_write (io, buf, cluster_size, offset, error) == -1)
         return -1;
       entry = offset;
@@ -502,7 +684,8 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
              struct qcow2_bitmap *bitmap, struct dirty_bits *content,
              GError **error)
 {
-  const uint64_t entries = entries_for (store, bitmap->granularity_bits);
+  const uint64_t entries = qcow2_bitmap_entries (store->image->header,
+                                                 bitmap->granularity_bits);
   uint64_t clusters;
   g_autofree uint64_t *table = NULL;
 
@@ -520,8 +703,7 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   if (content &&
       make_content (store, io, content, table, entries, error) == -1)
     return -1;
-  if (qcow2_allocate (store->allocator, io, clusters, &bitmap->table_offset,
-                      error) == -1)
+  if (allocate (store, io, clusters, &bitmap->table_offset, error) == -1)
     return -1;
   return qcow2_io_write (io, table, clusters * store->image->cluster_size,
                          bitmap->table_offset, error);
@@ -639,9 +821,8 @@ write_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 
     put_entry (buf + bitmap->entry, bitmap);
   }
-  if (qcow2_allocate (store->allocator, io,
-                      bytes / store->image->cluster_size,
-                      &place->directory_offset, error) == -1 ||
+  if (allocate (store, io, bytes / store->image->cluster_size,
+                &place->directory_offset, error) == -1 ||
       qcow2_io_write (io, buf, bytes, place->directory_offset, error) == -1)
     return -1;
   return io->flush (io, error);
@@ -736,11 +917,11 @@ free_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
     for (uint32_t i = 0; i < bitmap->table_entries; ++i) {
       const uint64_t offset = bitmap->table[i] & QCOW2_ENTRY_OFFSET_MASK;
 
-      if (offset && qcow2_free (store->allocator, io, offset, 1, error) == -1)
+      if (offset && release (store, io, offset, 1, error) == -1)
         return -1;
     }
-  return qcow2_free (store->allocator, io, bitmap->table_offset,
-                     clusters_for (store, table_bytes (bitmap)), error);
+  return release (store, io, bitmap->table_offset,
+                  clusters_for (store, table_bytes (bitmap)), error);
 }
 
 /* Free the old directory, and the bitmaps that were removed. */
@@ -759,9 +940,8 @@ free_old (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   }
   if (store->place.nr == 0)
     return 0;
-  return qcow2_free (store->allocator, io, store->place.directory_offset,
-                     clusters_for (store, store->place.directory_size),
-                     error);
+  return release (store, io, store->place.directory_offset,
+                  clusters_for (store, store->place.directory_size), error);
 }
 
 int
@@ -778,11 +958,13 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
                        "bitmaps; \"qemu-img amend -o compat=1.1\" makes it "
                        "version 3");
   list = make_list (store, io, changes, error);
-  if (!list)
-    return -1;
+  if (!list ||
+      (list->len > 0 &&
+       write_directory (store, io, list, &place, error) == -1))
+    return give_back_fresh (store, io);
+  keep_fresh (store);
   if (list->len > 0) {
-    if (write_directory (store, io, list, &place, error) == -1 ||
-        switch_directory (store, io, &place, error) == -1)
+    if (switch_directory (store, io, &place, error) == -1)
       return -1;
   }
   else if (store->place.nr > 0 && drop_directory (store, io, error) == -1)

@@ -94,6 +94,14 @@ extern int qcow2_bitmap_store_load (struct qcow2_bitmap_store *store,
                                     struct qcow2_bitmap *bitmap,
                                     struct dirty_bits *bits, GError **error);
 
+/* Does each cluster belong to one table, or is a part of one bitmap's
+ * content?  If not the image is damaged, or was made to exhaust the memory
+ * of who loads it: nothing should be loaded, let alone changed.
+ */
+extern int qcow2_bitmap_store_check (struct qcow2_bitmap_store *store,
+                                     const struct qcow2_io *io,
+                                     GError **error);
+
 /* Is its table as long as the disk wants it?  One that is in use need not
  * be, if the disk was resized since.
  */

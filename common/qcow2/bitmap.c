@@ -68,14 +68,30 @@ qcow2_bitmaps_find (const struct qcow2_header *header,
   if (length != EXTENSION_LENGTH)
     return qcow2_fail (error, EINVAL, "the bitmaps extension has %zu bytes, "
                        "but must have %d", length, EXTENSION_LENGTH);
+  if (qcow2_be32 (data + 4) != 0)
+    return qcow2_fail (error, EINVAL, "the reserved field of the bitmaps "
+                       "extension is %" PRIu32 ", but must be 0",
+                       qcow2_be32 (data + 4));
   bitmaps->nr = qcow2_be32 (data);
   bitmaps->directory_size = qcow2_be64 (data + 8);
   bitmaps->directory_offset = qcow2_be64 (data + 16);
   return check_extension (header, bitmaps, error);
 }
 
+uint64_t
+qcow2_bitmap_entries (const struct qcow2_header *header,
+                      uint32_t granularity_bits)
+{
+  const uint64_t size = header->size & ~UINT64_C (511);
+  const uint64_t granules = (size >> granularity_bits) +
+    ((size & ((UINT64_C (1) << granularity_bits) - 1)) != 0);
+  const uint64_t per_entry = UINT64_C (8) << header->cluster_bits;
+
+  return MAX (granules / per_entry + (granules % per_entry != 0), 1);
+}
+
 /* The limits of a bitmap's table; as in QEMU, a bitmap that is in use may
- * be too short for the disk.
+ * be too short or too long for the disk.
  */
 static int
 check_table (const struct qcow2_header *header,
@@ -84,7 +100,8 @@ check_table (const struct qcow2_header *header,
 {
   const uint64_t bytes =
     (uint64_t) bitmap->table_entries << header->cluster_bits;
-  const unsigned bits = bitmap->granularity_bits + 3;
+  const uint64_t wanted = qcow2_bitmap_entries (header,
+                                                bitmap->granularity_bits);
 
   if (bitmap->table_offset == 0 || bitmap->table_offset > INT64_MAX ||
       bitmap->table_offset % (UINT64_C (1) << header->cluster_bits))
@@ -98,10 +115,10 @@ check_table (const struct qcow2_header *header,
                        shown, bitmap->table_entries,
                        QCOW2_MAX_BITMAP_BYTES >> header->cluster_bits);
   if (!(bitmap->flags & QCOW2_BITMAP_IN_USE) &&
-      header->size > bytes << bits)
+      bitmap->table_entries != wanted)
     return qcow2_fail (error, EINVAL, "bitmap_table_size of bitmap \"%s\" is "
-                       "%" PRIu32 ", too small for the disk",
-                       shown, bitmap->table_entries);
+                       "%" PRIu32 ", but must be %" PRIu64 " for this disk",
+                       shown, bitmap->table_entries, wanted);
   return 0;
 }
 

@@ -37,6 +37,10 @@ struct qcow2_bitmap {
 
 extern void qcow2_bitmap_free (gpointer bitmap);
 
+/* The number of entries in the table of a bitmap of the whole disk. */
+extern uint64_t qcow2_bitmap_entries (const struct qcow2_header *header,
+                                      uint32_t granularity_bits);
+
 /* The extension, if the autoclear bit says that it is valid.  Fails if
  * its fields cannot be right.
  */

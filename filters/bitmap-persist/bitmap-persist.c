@@ -44,6 +44,7 @@ static unsigned loaded;
 
 static bool read_only;          /* the server */
 static struct dirty_container *sidecar; /* NULL: the image's is used */
+static bool requests_only;      /* can it be used */
 static struct dirty_persist *persist;
 
 struct handle {
@@ -251,6 +252,7 @@ make_persist (GError **error)
   };
   struct dirty_container *container = choose_container (error);
 
+  requests_only = container && container->requests_only;
   if (!container ||
       container->check (container, options.writable, error) == -1)
     return -1;
@@ -439,15 +441,20 @@ begin_write (struct handle *h, uint32_t count, uint64_t offset, int *err)
   if (dirty_persist_begin_write (persist, offset, count, &error) == 0)
     return 0;
   dirty_gate_leave (&node->gates[DIRTY_GATE_PERSIST]);
-  *err = error->code;
+  /* What has another meaning for clients, or none, is EIO. */
+  *err = error->code == 0 || error->code == ENOTSUP ||
+    error->code == EOPNOTSUPP ? EIO : error->code;
   return report (error);
 }
 
 static void
 end_write (const struct handle *h)
 {
-  if (h->node && persist)
-    dirty_gate_leave (&h->node->gates[DIRTY_GATE_PERSIST]);
+  if (!h->node || !persist)
+    return;
+  dirty_gate_leave (&h->node->gates[DIRTY_GATE_PERSIST]);
+  if (requests_only)
+    sync_sometimes (persist);
 }
 
 static int

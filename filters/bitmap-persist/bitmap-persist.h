@@ -39,6 +39,11 @@ extern void sidecar_free (struct dirty_container *container);
  */
 extern int sync_start (struct dirty_persist *persist, unsigned seconds);
 
+/* To be called by writers, outside of the gate, for containers that are for
+ * requests only: store if it is time.
+ */
+extern void sync_sometimes (struct dirty_persist *persist);
+
 /* Store, and say so if that fails. */
 extern void sync_now (struct dirty_persist *persist, bool last);
 

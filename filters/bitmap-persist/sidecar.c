@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -94,7 +95,9 @@ fill (struct sidecar *s, const char *temporary, uint64_t size,
   }
   if (lock_file (&s->file, QCOW2_LOCK_WRITER, error) == -1)
     return -1;
-  if (link (temporary, s->path) == -1)
+  /* Not all file systems have links. */
+  if (link (temporary, s->path) == -1 &&
+      (errno == EEXIST || rename (temporary, s->path) == -1))
     return qcow2_fail (error, errno, "%s: %s", s->path, g_strerror (errno));
   return sync_directory (s->path, error);
 }
@@ -194,23 +197,33 @@ check_not_disk (const struct sidecar *s, GError **error)
 
 /* Is it the sidecar of a disk like ours? */
 static int
-check_image (const struct sidecar *s, const struct qcow2_file *file,
-             GError **error)
+check_disk (const struct sidecar *s, const struct qcow2_image *image,
+            GError **error)
 {
   struct qcow2_file disk = { .fd = -1 };
-  struct qcow2_image *image = qcow2_image_open (&file->io, error);
   int r = 0;
 
-  if (!image) {
-    g_prefix_error (error, "%s: ", s->path);
-    return -1;
-  }
   if (s->disk && qcow2_file_open (&disk, s->disk, O_RDONLY, NULL) == 0 &&
       round_up (disk.size) != round_up (image->header->size))
     r = qcow2_fail (error, EINVAL, "%s: this is the sidecar of a disk of %"
                     PRIu64 " bytes, but %s has %" PRIu64, s->path,
                     image->header->size, s->disk, disk.size);
   qcow2_file_close (&disk);
+  return r;
+}
+
+static int
+check_image (const struct sidecar *s, const struct qcow2_file *file,
+             GError **error)
+{
+  struct qcow2_image *image = dirty_persist_probe (&file->io, error);
+  int r;
+
+  if (!image) {
+    g_prefix_error (error, "%s: ", s->path);
+    return -1;
+  }
+  r = check_disk (s, image, error);
   qcow2_image_close (image);
   return r;
 }

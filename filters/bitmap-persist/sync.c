@@ -13,6 +13,7 @@
 #include <config.h>
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "bitmap-persist.h"
@@ -23,14 +24,20 @@ static struct dirty_persist *persist; /* NULL when stopped; under the lock */
 static unsigned interval;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+static void
+complain (const GError *error, bool last)
+{
+  nbdkit_error ("bitmap-persist: bitmaps cannot be stored%s: %s",
+                last ? "" : ", which will be tried again", error->message);
+}
+
 void
 sync_now (struct dirty_persist *p, bool last)
 {
   g_autoptr (GError) error = NULL;
 
   if (dirty_persist_store (p, last, &error) == -1)
-    nbdkit_error ("bitmap-persist: bitmaps cannot be stored%s: %s",
-                  last ? "" : ", which will be tried again", error->message);
+    complain (error, last);
 }
 
 /* Returns false when there is nothing more to be done. */
@@ -52,12 +59,28 @@ run (void *opaque)
 {
   bool ending = false;
 
+  dirty_persist_outside ();
   do
     ending = nbdkit_nanosleep (interval ? interval : LONG, 0) == -1;
   while ((ending || interval == 0 || store ()) && !ending);
   if (ending)
     store ();
   return NULL;
+}
+
+/* Where that thread can do nothing writers do it. */
+void
+sync_sometimes (struct dirty_persist *p)
+{
+  static atomic_llong last;
+  const long long now = g_get_monotonic_time ();
+  long long before = atomic_load (&last);
+  g_autoptr (GError) error = NULL;
+
+  if (interval > 0 && now - before >= interval * G_USEC_PER_SEC &&
+      atomic_compare_exchange_strong (&last, &before, now) && before != 0 &&
+      dirty_persist_try_store (p, &error) == -1)
+    complain (error, false);
 }
 
 int

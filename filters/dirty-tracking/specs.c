@@ -17,6 +17,7 @@
 
 #include <string.h>
 
+#include "dirty/persist.h"
 #include "dirty/transaction.h"
 #include "utils/server.h"
 #include "utils/suite.h"
@@ -104,6 +105,11 @@ check_name (const char *name)
   if (!*name) {
     nbdkit_error ("dirty-bitmap: the name of the bitmap is missing; "
                   "use dirty-bitmap=NAME");
+    return -1;
+  }
+  if (strcmp (name, DIRTY_INTENT_NAME) == 0) {
+    nbdkit_error ("dirty-bitmap: the name \"%s\" is reserved for what the "
+                  "bitmap-persist filter stores", name);
     return -1;
   }
   if (strlen (name) > DIRTY_MAX_NAME || !g_utf8_validate (name, -1, NULL)) {

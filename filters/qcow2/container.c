@@ -130,6 +130,8 @@ container_pwrite (const struct qcow2_io *io, const void *buf, size_t count,
     return -1;
   if (n == count)
     return 0;
+  if (!file->pwrite)
+    return fail (EROFS, "writing", count, offset, error);
   return file->pwrite (file, (const char *) buf + n, count - n, offset + n,
                        error);
 }
@@ -238,7 +240,6 @@ container_open (struct dirty_container *container, uint64_t size,
   written.io.pwrite = writable ? container_pwrite : NULL;
   written.io.flush = container_flush;
   written.io.grow = container_grow;
-  disk_take_back ("");
   return &written.io;
 }
 
@@ -254,17 +255,45 @@ container_release (struct dirty_container *container, GError **error)
   return disk_give_away ("", error);
 }
 
-/* Is another program using the file? */
+static void
+container_take_back (struct dirty_container *container)
+{
+  disk_take_back ("");
+}
+
+/* Are the bitmaps all right, if the file is an image at all? */
 static int
-check_lock (bool writable, GError **error)
+check_bitmaps (const struct qcow2_io *io, GError **error)
+{
+  const size_t n = MIN (io->get_size (io), HEAD);
+  uint8_t head[HEAD] = { 0 };
+  struct qcow2_image *image;
+
+  if (n == 0 || io->pread (io, head, n, 0, NULL) == -1 ||
+      !qcow2_header_probe (head, n))
+    return 0;
+  image = dirty_persist_probe (io, error);
+  if (!image) {
+    g_prefix_error (error, "%s: ", config.file);
+    return -1;
+  }
+  qcow2_image_close (image);
+  return 0;
+}
+
+/* And is another program using it? */
+static int
+check_local_file (bool writable, GError **error)
 {
   int r;
 
   if (!config.file || config.files != 1 || config.moved ||
       qcow2_file_open (&written.file, config.file, O_RDONLY, NULL) == -1)
     return 0;
-  r = lock_local_file (writable ? QCOW2_LOCK_WRITER : QCOW2_LOCK_READER,
-                       error);
+  r = check_bitmaps (&written.file.io, error);
+  if (r == 0)
+    r = lock_local_file (writable ? QCOW2_LOCK_WRITER : QCOW2_LOCK_READER,
+                         error);
   qcow2_file_close (&written.file);
   return r;
 }
@@ -273,14 +302,9 @@ static int
 container_check (struct dirty_container *container, bool writable,
                  GError **error)
 {
-  if (config.thread_model < NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS)
-    return qcow2_fail (error, EINVAL, "bitmap-store=image: the plugin, or a "
-                       "filter, handles one request of all clients at a "
-                       "time, which leaves no time for storing bitmaps; use "
-                       "bitmap-store=FILE");
   written.wanted = true;
   written.writable = writable;
-  return check_lock (writable, error);
+  return check_local_file (writable, error);
 }
 
 /* For the qcow2 filter. */
@@ -291,10 +315,13 @@ container_offer (void)
   written.file.fd = -1;
   written.container.name = config.file ? config.file : "the image";
   written.container.is_image = true;
+  written.container.requests_only =
+    config.thread_model < NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS;
   written.container.open = container_open;
   written.container.close = container_close;
   written.container.check = container_check;
   written.container.release = container_release;
+  written.container.take_back = container_take_back;
   dirty_node_of_export ("")->container = &written.container;
 }
 

@@ -16,6 +16,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "dirty/node.h"
@@ -37,7 +38,7 @@ struct disk {
   uint64_t size;                /* of the container */
   GPtrArray *snapshots;         /* NULL until first opened */
   bool checked;                 /* qcow2-check=full was done */
-  bool given_away;
+  atomic_bool given_away;
 };
 
 static GMutex disks_lock;
@@ -91,7 +92,8 @@ static void
 disk_unref (struct disk *disk)
 {
   g_mutex_lock (&disks_lock);
-  if (--disk->refs == 0 && !disk->snapshots && !disk->given_away)
+  if (--disk->refs == 0 && !disk->snapshots &&
+      !atomic_load (&disk->given_away))
     g_hash_table_remove (disks, disk->base);
   g_mutex_unlock (&disks_lock);
 }
@@ -142,7 +144,6 @@ open_chain (struct disk *disk, const char *base, struct layer *layer,
   if (disk->snapshots)
     g_ptr_array_unref (disk->snapshots);
   disk->snapshots = g_ptr_array_ref (disk->top->image->snapshots);
-  announce_image (base, disk->top->image->header, &layer->source);
   return 0;
 }
 
@@ -188,15 +189,17 @@ disk_open (const char *base, struct layer *layer, nbdkit_backend *backend,
            GError **error)
 {
   struct disk *disk = disk_ref (base);
+  bool first;
   int r;
 
   g_mutex_lock (&disk->lock);
-  if (disk->given_away)
+  first = disk->users == 0;
+  if (atomic_load (&disk->given_away))
     r = qcow2_fail (error, EBUSY, "%s: another program may be using the "
                     "image; \"blockdev-set-active\" takes it back",
                     layer->source.name);
   else
-    r = disk->users == 0 ? open_chain (disk, base, layer, backend, error) :
+    r = first ? open_chain (disk, base, layer, backend, error) :
       check_same (disk, layer, error);
   if (r == 0)
     disk->users++;
@@ -206,6 +209,9 @@ disk_open (const char *base, struct layer *layer, nbdkit_backend *backend,
     disk_unref (disk);
     return NULL;
   }
+  /* Without the lock, for which who has the lock of nodes may wait. */
+  if (first)
+    announce_image (base, disk->top->image->header, &layer->source);
   return disk;
 }
 
@@ -243,15 +249,17 @@ int
 disk_give_away (const char *base, GError **error)
 {
   struct disk *disk = disk_ref (base);
+  const bool locked = g_mutex_trylock (&disk->lock);
   int r = 0;
 
-  g_mutex_lock (&disk->lock);
-  if (disk->users > 0)
+  /* Who opens it may take long. */
+  if (!locked || disk->users > 0)
     r = qcow2_fail (error, EBUSY, "clients are connected to the image's "
                     "disk, so it cannot be given to another program");
   else
-    disk->given_away = true;
-  g_mutex_unlock (&disk->lock);
+    atomic_store (&disk->given_away, true);
+  if (locked)
+    g_mutex_unlock (&disk->lock);
   disk_unref (disk);
   return r;
 }
@@ -261,8 +269,6 @@ disk_take_back (const char *base)
 {
   struct disk *disk = disk_ref (base);
 
-  g_mutex_lock (&disk->lock);
-  disk->given_away = false;
-  g_mutex_unlock (&disk->lock);
+  atomic_store (&disk->given_away, false);
   disk_unref (disk);
 }

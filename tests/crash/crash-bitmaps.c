@@ -29,9 +29,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "qcow2/bitmap-store.h"
-#include "qcow2/check.h"
+#include "crash/judge.h"
 #include "crash/recorder.h"
+#include "qcow2/bitmap-store.h"
 
 #define NAMES 5
 #define CONTENT_BITS 12         /* granularity of what we compare */
@@ -58,7 +58,7 @@ struct run {
   struct qcow2_bitmap_store *store;
   struct known known[NAMES];
   GArray *moments;              /* of struct moment */
-  guint crashes, samples;
+  struct judge judge;
   guint failures;               /* that we let happen */
 };
 
@@ -82,15 +82,6 @@ static unsigned
 below (struct run *run, unsigned n)
 {
   return g_rand_int_range (run->rand, 0, n);
-}
-
-static void
-must (int r, GError *error, const char *what)
-{
-  if (r == 0 && !error)
-    return;
-  fprintf (stderr, "%s: %s\n", what, error ? error->message : "failed");
-  exit (1);
 }
 
 /* From now on these have to be in the image, or marked as in use. */
@@ -310,34 +301,6 @@ operate (struct run *run)
 
 /* Crashes. */
 
-/* Dump what is left into a file whose name says what we think of it. */
-static void
-write_sample (struct run *run, const struct remains *remains,
-              const struct qcow2_check_result *result, const char *directory)
-{
-  g_autofree char *path =
-    g_strdup_printf ("%s/%" PRIu64 "-%" PRIu64 "-%u.qcow2", directory,
-                     result->corruptions, result->leaks, run->samples++);
-  GError *error = NULL;
-
-  g_file_set_contents (path, (const char *) remains->data, remains->size,
-                       &error);
-  must (0, error, path);
-}
-
-/* Findings are worth reading if one of them is a corruption. */
-static void
-report (void *opaque, const char *message)
-{
-  g_string_append_printf (opaque, "%s\n", message);
-}
-
-static int
-progress (void *opaque, unsigned percent)
-{
-  return 0;
-}
-
 static void
 check_content (struct run *run, struct qcow2_image *image,
                const struct remains *remains, const struct moment *moment)
@@ -372,35 +335,19 @@ check_content (struct run *run, struct qcow2_image *image,
 
 static void
 examine (struct run *run, const struct remains *remains,
-         const struct moment *moment, const char *directory, unsigned every)
+         const struct moment *moment)
 {
-  g_autoptr (GString) findings = g_string_new (NULL);
-  const struct qcow2_check_observer observer = {
-    .report = report, .progress = progress, .opaque = findings,
-  };
-  struct qcow2_check_result result;
   GError *error = NULL;
   struct qcow2_image *image = qcow2_image_open (&remains->io, &error);
 
   must (0, error, "open after a crash");
-  must (qcow2_check (image, &remains->io, &observer, &result, &error), error,
-        "check after a crash");
-  run->crashes++;
-  if (every && run->crashes % every == 0)
-    write_sample (run, remains, &result, directory);
-  if (result.corruptions || result.check_errors) {
-    write_sample (run, remains, &result, directory);
-    fprintf (stderr, "%" PRIu64 " corruptions after a crash\n%s",
-             result.corruptions, findings->str);
-    exit (1);
-  }
+  judge_image (&run->judge, image, remains);
   check_content (run, image, remains, moment);
   qcow2_image_close (image);
 }
 
 static void
-crash_everywhere (struct run *run, unsigned tries, const char *directory,
-                  unsigned every)
+crash_everywhere (struct run *run, unsigned tries)
 {
   static const unsigned keeps[] = { 100, 50, 0, 90, 10, 75, 25 };
   struct remains *remains = remains_new (run->recorder);
@@ -416,8 +363,7 @@ crash_everywhere (struct run *run, unsigned tries, const char *directory,
       remains_crash (remains, events, keeps[i % G_N_ELEMENTS (keeps)],
                      run->rand);
       examine (run, remains,
-               &g_array_index (run->moments, struct moment, next), directory,
-               every);
+               &g_array_index (run->moments, struct moment, next));
     }
   }
   remains_free (remains);
@@ -436,12 +382,6 @@ free_run (struct run *run)
   g_array_unref (run->moments);
   recorder_free (run->recorder);
   g_rand_free (run->rand);
-}
-
-static unsigned
-number (const char *text)
-{
-  return g_ascii_strtoull (text, NULL, 10);
 }
 
 int
@@ -474,9 +414,11 @@ main (int argc, char *argv[])
     }
     recorder_fail_after (run.recorder, UINT_MAX);
   }
-  crash_everywhere (&run, number (argv[4]), argv[5], number (argv[6]));
+  run.judge.directory = argv[5];
+  run.judge.every = number (argv[6]);
+  crash_everywhere (&run, number (argv[4]));
   printf ("%u events, %u failures, %u crashes\n",
-          recorder_events (run.recorder), run.failures, run.crashes);
+          recorder_events (run.recorder), run.failures, run.judge.crashes);
   free_run (&run);
   return 0;
 }

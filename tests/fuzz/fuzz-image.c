@@ -39,6 +39,7 @@
 
 #include <zlib.h>
 
+#include "qcow2/bitmap-store.h"
 #include "qcow2/check.h"
 #include "qcow2/codec.h"
 #include "qcow2/crypt.h"
@@ -663,6 +664,36 @@ check_consistency (const struct target *t)
            t->c->size + UINT64_C (2) * t->image->cluster_size);
 }
 
+/* As the bitmap-persist filter does it. */
+static void
+load_bitmaps (const struct target *t)
+{
+  g_autoptr (GError) error = NULL;
+  struct qcow2_bitmap_store *store;
+  const GPtrArray *list;
+
+  t->c->budget = CHECK_BUDGET;
+  store = qcow2_bitmap_store_open (t->image, &t->c->io, &error);
+  if (!store || qcow2_bitmap_store_check (store, &t->c->io, &error) == -1) {
+    check_error (&error);
+    qcow2_bitmap_store_close (store);
+    return;
+  }
+  list = qcow2_bitmap_store_list (store);
+  for (guint i = 0; i < list->len; ++i) {
+    struct qcow2_bitmap *bitmap = g_ptr_array_index (list, i);
+    struct dirty_bits *bits = dirty_bits_new (t->image->header->size,
+                                              bitmap->granularity_bits);
+
+    if (qcow2_bitmap_store_load (store, &t->c->io, bitmap, bits,
+                                 &error) == -1)
+      check_error (&error);
+    require (dirty_bits_count (bits) <= dirty_bits_length (bits));
+    dirty_bits_free (bits);
+  }
+  qcow2_bitmap_store_close (store);
+}
+
 int
 LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
 {
@@ -685,6 +716,7 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t length)
   count_used (&t);
   decrypt (&t);
   check_consistency (&t);
+  load_bitmaps (&t);
   qcow2_image_close (t.image);
   return 0;
 }
