@@ -233,9 +233,12 @@ below_read (const struct below *below, void *buf, uint64_t count,
 
   while (count > 0) {
     const uint32_t n = MIN (count, below->maximum);
-    int err = EIO;
+    int err = EIO, r;
 
-    if (below->next->pread (below->next, p, n, offset, 0, &err) == -1)
+    below_lock (below);
+    r = below->next->pread (below->next, p, n, offset, 0, &err);
+    below_unlock (below);
+    if (r == -1)
       return err ? err : EIO;
     p += n;
     offset += n;
@@ -262,7 +265,9 @@ mark_zeroes (struct copy *copy, const struct below *below)
   struct nbdkit_extents *extents;
   int err = 0;
 
+  below_lock (below);
   extents = nbdkit_extents_full (below->next, bytes, offset, 0, &err);
+  below_unlock (below);
   for (size_t i = 0; extents && i < nbdkit_extents_count (extents); ++i) {
     const struct nbdkit_extent e = nbdkit_get_extent (extents, i);
     const uint64_t end = e.offset + e.length;
@@ -539,7 +544,7 @@ snapshot_save (struct snapshot *s, const struct below *below,
   if (s->timeout)
     save.limit = g_get_monotonic_time () +
       (gint64) s->timeout * G_USEC_PER_SEC;
-  save.direct = !s->timeout && end - first <= 2;
+  save.direct = !s->timeout && (end - first) << s->cluster_bits <= MAX_PIECE;
   error = save_range (&save, first, end);
   if (!error || atomic_load (&s->ended))
     return 0;
