@@ -444,6 +444,8 @@ def test_over_qcow2(tmp):
 
 def test_flags_pass(tmp):
     """The filter changes nothing of what the plugin can do."""
+    qf.need_plugins("data", "null")
+
     def flags(*args):
         with qf.serve(tmp, *args) as server:
             handle = server.connect()
@@ -900,7 +902,7 @@ PARTS = [value for name, value in list(globals().items())
 
 def test(tmp):
     qf.need("qemu-img", "qemu-io", "qemu-nbd", "nbdcopy")
-    qf.need_plugins("full", "nbd", "data", "null")
+    qf.need_plugins("full", "nbd")
     qf.parts(tmp, *PARTS)
 
 

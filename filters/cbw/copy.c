@@ -313,8 +313,9 @@ read_old (struct copy *copy, const struct below *below)
       return error;
   }
   for (uint64_t i = 0; i < copy->n; ++i)
-    copy->zeroes[i] |= is_zero (copy->buf + (i << bits),
-                                snapshot_bytes (s, copy->first + i, 1));
+    if (!copy->zeroes[i])
+      copy->zeroes[i] = is_zero (copy->buf + (i << bits),
+                                 snapshot_bytes (s, copy->first + i, 1));
   return 0;
 }
 
