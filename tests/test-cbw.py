@@ -483,6 +483,54 @@ def test_thread_models(tmp):
             close(guest)
 
 
+def test_incoherent(tmp):
+    """Where connections may have caches of their own, the guest's is
+    flushed before the disk is read for a snapshot: once."""
+    log = os.path.join(tmp, "log")
+    for model in ("requests", "all-requests", None):
+        with cbw.served(tmp, "--filter=log", "--filter=multi-conn",
+                        *(["--filter=noparallel"] if model else []),
+                        "memory", str(SIZE),
+                        *([f"serialize={model}"] if model else []),
+                        "multi-conn-mode=disable", "logfile=" + log) \
+                as (server, control):
+            guest, other = server.connect(), server.connect()
+            guest.pwrite(b"d" * SIZE, 0)
+            for number in range(2):
+                cbw.create(control, f"s{number}")
+                view = server.connect(f"snapshot/s{number}")
+                if number == 0:
+                    qf.equal("view", cbw.read_all(view), b"d" * SIZE)
+                other.pwrite(b"x" * CLUSTER, number * CLUSTER)
+                qf.equal("view", bytes(view.pread(CLUSTER, CLUSTER)),
+                         b"d" * CLUSTER)
+                close(view)
+            close(guest, other)
+        with open(log) as file:
+            text = file.read()
+        os.unlink(log)
+        # The second time it is the other one that has written.
+        found = re.findall(r"connection=(\d+) Flush id", text)
+        qf.equal("flushes", len(found), 2)
+        qf.check(found[0] != found[1], f"{found}")
+        qf.check(text.index(" Flush ") < text.index(" Read "),
+                 "the disk was read before it was flushed")
+
+
+def test_own_file(tmp):
+    """The disk itself is no target."""
+    disk = os.path.join(tmp, "disk.raw")
+    with open(disk, "wb") as file:
+        file.truncate(SIZE)
+    refused(["cbw-target", disk], "--filter=cbw", "file", disk,
+            "cbw-snapshot=s", "cbw-target=" + disk)
+    link = os.path.join(tmp, "link")
+    os.symlink(disk, link)
+    with cbw.served(tmp, "file", disk) as (server, control):
+        qmp.refused(control, [link], "cbw-snapshot-create", node="disk",
+                    name="s", target=link)
+
+
 def test_progress(tmp):
     """-v tells of each tenth."""
     with memory(tmp, before=["-v"]) as (server, control):
