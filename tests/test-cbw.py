@@ -571,15 +571,15 @@ def write_all(guest, written):
     return failed
 
 
-def fault(tmp, what, target, policy, errno=None, plugin=(), **arguments):
-    """With a target or source that fails some time."""
+def fault(tmp, what, target, policy, errno=None, env=None, **arguments):
+    """With a target that fails some time."""
     old = b"d" * SIZE
-    with cbw.served(tmp, *(plugin or ("memory", str(SIZE)))) \
-            as (server, control):
+    if target:
+        arguments["target"] = target
+    with memory(tmp, env=env) as (server, control):
         guest = server.connect()
         guest.pwrite(old, 0)
-        cbw.create(control, "s", target=target, on_cbw_error=policy,
-                   **arguments)
+        cbw.create(control, "s", on_cbw_error=policy, **arguments)
         late = server.connect("snapshot/s")
         written = bytearray(old)
         failed = write_all(guest, written)
@@ -610,6 +610,24 @@ def test_target_full(tmp):
         with qf.serve(below, "full", str(SIZE)) as full:
             fault(tmp, "full", full.uri(), policy, "ENOSPC")
             fault(tmp, "full", full.uri(), policy, "ENOSPC", cbw_timeout=60)
+
+
+def test_file_full(tmp):
+    """No space is left for a temporary file."""
+    small = os.path.join(tmp, "small")
+    os.mkdir(small)
+    if qf.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small],
+              ok=None).returncode:
+        raise qf.Skip("no file system can be mounted here")
+    try:
+        for policy in ("break-guest-write", "break-snapshot"):
+            for seconds in (0, 60):
+                fault(tmp, "small", None, policy, "ENOSPC",
+                      env={"TMPDIR": small}, cbw_timeout=seconds)
+                stat = os.statvfs(small)
+                qf.equal("blocks left", stat.f_bfree, stat.f_blocks)
+    finally:
+        qf.run(["umount", small])
 
 
 def test_target_eio(tmp):
