@@ -614,7 +614,7 @@ def test_target_full(tmp):
 
 def test_file_full(tmp):
     """No space is left for a temporary file."""
-    small = os.path.join(tmp, "small")
+    small = os.path.join(tmp, "small-fs")
     os.mkdir(small)
     if qf.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", small],
               ok=None).returncode:
