@@ -62,6 +62,7 @@ def come_and_go(server, path, model, rng):
         cbw.create(control, "brief")
     handle = server.connect("snapshot/brief")
     late = server.connect("snapshot/brief")
+    check_map(handle, "brief", expected)
     read_view(handle, "brief", expected, rng)
     handle.shutdown()
     cbw.delete(control, "brief")
@@ -218,28 +219,42 @@ def check_instant(sequences, view, begun, ended):
     qf.check(first_out >= begun, "a write is missing that had ended before")
 
 
-def test_instant(tmp):
+def instants(tmp, *plugin):
     rng = random.Random(SEED)
     load = cbw.Load(SECONDS)
-    instants = []
-    with cbw.served(tmp, "memory", str(WRITERS * SHARE * BLOCK)) \
-            as (server, control):
+    made = []
+    with cbw.served(tmp, *plugin) as (server, control):
         sequences = [Sequence(server, i, load, random.Random(rng.random()))
                      for i in range(WRITERS)]
         while load.going():
-            name = f"i{len(instants)}"
+            name = f"i{len(made)}"
             begun = time.monotonic()
             cbw.create(control, name)
-            instants.append((name, begun, time.monotonic()))
+            ended = time.monotonic()
+            view = server.connect("snapshot/" + name)
+            made.append((name, begun, ended, cbw.read_all(view)))
+            view.shutdown()
             time.sleep(SECONDS / 20)
         load.finish()
-        for name, begun, ended in instants:
+        for name, begun, ended, first in made:
             view = server.connect("snapshot/" + name)
+            cbw.compare(name, cbw.read_all(view), first, 0)
             check_instant(sequences, view, begun, ended)
             view.shutdown()
         for sequence in sequences:
             sequence.handle.shutdown()
-    print(f"{len(instants)} snapshots, {load.counts} writes")
+    print(f"{len(made)} snapshots, {load.counts} writes")
+
+
+def test_instant(tmp):
+    size = str(WRITERS * SHARE * BLOCK)
+    instants(tmp, "memory", size)
+    # Here most writes are still copying when the next snapshot is made.
+    below = os.path.join(tmp, "instant")
+    os.mkdir(below)
+    with qf.serve(below, "--filter=delay", "memory", size,
+                  "delay-read=5ms", "delay-write=20ms") as slow:
+        instants(tmp, "nbd", "socket=" + slow.sock)
 
 
 def test(tmp):

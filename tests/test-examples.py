@@ -25,7 +25,7 @@ from qf import MiB
 
 PAGES = [os.path.join(qf.SRCDIR, "..", "filters", name,
                       f"nbdkit-{name}-filter.pod")
-         for name in ("qcow2", "dirty-tracking", "bitmap-persist")]
+         for name in ("qcow2", "bitmap-persist", "dirty-tracking", "cbw")]
 README = os.path.join(qf.SRCDIR, "..", "README")
 
 DISK_SIZE = 32 * MiB

@@ -24,6 +24,13 @@ for word in "filter: bitmap-persist" bitmap-store= bitmap-sync= \
   grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
 done
 
+help=$("$NBDKIT" --filter=cbw null --help)
+for word in "filter: cbw" cbw-snapshot= cbw-target= cbw-bitmap= \
+            cbw-on-error= cbw-timeout= cbw-cluster-size= cbw-discard= \
+            exports= qmp=; do
+  grep -qF -- "$word" <<<"$help" || fail "--help: no $word in: $help"
+done
+
 # The plugin's answer goes through all filters.
 dump=$("$NBDKIT" --filter=qcow2 null --dump-plugin)
 grep -qx 'name=null' <<<"$dump" || fail "--dump-plugin: no name=null in: $dump"

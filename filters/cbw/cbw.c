@@ -42,9 +42,12 @@ struct handle {
   struct dirty_bits *bits;      /* of a view of what is dirty; of s */
   char *description;            /* of a view */
   bool server_is_read_only;
-  struct disk *disk;            /* of a guest; NULL until prepared */
+  struct disk *disk;            /* NULL until prepared, or if it is none */
   bool node_is_open;
   struct below below;           /* once prepared */
+  GMutex lock;                  /* what below.lock points to, if need be */
+  struct guest guest;           /* where disk_settle has to know it */
+  bool is_guest;
 };
 
 /* Names in messages may be a client's. */
@@ -61,7 +64,9 @@ static void
 cbw_load (void)
 {
   loaded++;
-  config.directory = g_get_current_dir ();
+  if (!config.directory)
+    config.directory = g_get_current_dir ();
+  target_set_directory (config.directory);
 }
 
 static void
@@ -73,6 +78,7 @@ cbw_unload (void)
   g_clear_pointer (&config.target, g_free);
   g_clear_pointer (&config.bitmap, g_free);
   g_clear_pointer (&config.directory, g_free);
+  target_allow_all ();
   disks_forget_all ();
   dirty_nodes_forget_all ();
 }
@@ -121,7 +127,7 @@ parse_target (const char *value)
   if (parse_once ("cbw-target", value, &config.target) == -1)
     return -1;
   g_free (config.target);
-  config.target = commands_target (value);
+  config.target = target_complete_name (value);
   return 0;
 }
 
@@ -185,6 +191,8 @@ cbw_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   g_autoptr (GError) error = NULL;
   int r;
 
+  if (strcmp (key, "file") == 0)
+    target_forbid_file (value);
   if (strcmp (key, "cbw-snapshot") == 0)
     return parse_snapshot (value);
   if (strcmp (key, "cbw-target") == 0)
@@ -274,6 +282,7 @@ cbw_get_ready (int thread_model)
     nbdkit_error ("cbw-target: %s", error->message);
     return -1;
   }
+  config.thread_model = thread_model;
   if (qf_suite_add (QF_CBW, &error) == -1)
     return report (error);
   commands_register ();
@@ -492,6 +501,7 @@ static void
 handle_free (struct handle *h)
 {
   snapshot_unref (h->s);
+  g_mutex_clear (&h->lock);
   g_free (h->base);
   g_free (h->description);
   g_free (h);
@@ -566,6 +576,7 @@ cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
 {
   struct handle *h = g_new0 (struct handle, 1);
 
+  g_mutex_init (&h->lock);
   h->server_is_read_only = readonly;
   /* A view does not write either, but only the whole server is read-only:
    * that is what the layers below shall conclude from it.
@@ -581,6 +592,9 @@ cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
 static void
 leave_disk (struct handle *h)
 {
+  if (h->is_guest)
+    disk_remove_guest (h->disk, &h->guest);
+  h->is_guest = false;
   if (h->node_is_open)
     dirty_node_close (h->disk->node);
   h->node_is_open = false;
@@ -598,9 +612,10 @@ static int
 prepare_below (struct below *below, nbdkit_next *next)
 {
   const int can_extents = next->can_extents (next);
+  const int can_multi_conn = next->can_multi_conn (next);
   uint32_t minimum, preferred, maximum;
 
-  if (can_extents == -1 ||
+  if (can_extents == -1 || can_multi_conn == -1 ||
       next->block_size (next, &minimum, &preferred, &maximum) == -1)
     return -1;
   if (config.cluster_size && config.cluster_size < minimum) {
@@ -610,6 +625,7 @@ prepare_below (struct below *below, nbdkit_next *next)
   }
   below->next = next;
   below->can_extents = can_extents;
+  below->coherent = can_multi_conn;
   below->maximum = maximum ? MIN (maximum, MAX_CLUSTER_SIZE) :
     MAX_CLUSTER_SIZE;
   return 0;
@@ -643,6 +659,22 @@ access_of (const struct handle *h, nbdkit_next *next)
   return next->can_write (next) == 1 ? DIRTY_WRITABLE : DIRTY_READ_ONLY;
 }
 
+/* If connections may have caches, let this one's be flushed by others; then
+ * nbdkit's thread model does not protect it any more.
+ */
+static void
+prepare_guest (struct handle *h, nbdkit_next *next)
+{
+  if (h->below.coherent || next->can_write (next) != 1 ||
+      next->can_flush (next) != 1)
+    return;
+  if (config.thread_model == NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS)
+    h->below.lock = &h->lock;
+  h->guest.below = &h->below;
+  h->is_guest = true;
+  disk_add_guest (h->disk, &h->guest);
+}
+
 static int
 cbw_prepare (nbdkit_next *next, void *handle, int readonly)
 {
@@ -650,8 +682,10 @@ cbw_prepare (nbdkit_next *next, void *handle, int readonly)
 
   if (prepare_below (&h->below, next) == -1)
     return -1;
-  if (h->s)
+  if (h->s) {
+    h->disk = disk_of_node (h->s->node);
     return check_view (h, next);
+  }
   if (!is_disk (h->base))
     return 0;
   h->disk = disk_of_node (dirty_node_of_export (h->base));
@@ -660,6 +694,7 @@ cbw_prepare (nbdkit_next *next, void *handle, int readonly)
     return -1;
   }
   h->node_is_open = true;
+  prepare_guest (h, next);
   return 0;
 }
 
@@ -755,33 +790,50 @@ cbw_can_cache (nbdkit_next *next, void *handle)
 
 /* Requests. */
 
+/* What the snapshot needs of the disk can be read; -1 with *err set. */
+static int
+settle (const struct handle *h, int *err)
+{
+  return h->below.coherent ? 0 : disk_settle (h->disk, h->s, err);
+}
+
 static int
 cbw_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
            uint64_t offset, uint32_t flags, int *err)
 {
   const struct handle *h = handle;
+  int r;
 
   if (h->s)
-    return snapshot_read (h->s, &h->below, buf, count, offset, err);
-  return next->pread (next, buf, count, offset, flags, err);
+    return settle (h, err) == -1 ? -1 :
+      snapshot_read (h->s, &h->below, buf, count, offset, err);
+  below_lock (&h->below);
+  r = next->pread (next, buf, count, offset, flags, err);
+  below_unlock (&h->below);
+  return r;
 }
 
 /* Let a write in; -1 with *err set if it is not. */
 static int
-begin_write (const struct handle *h, uint32_t count, uint64_t offset,
-             int *err)
+begin_write (struct handle *h, uint32_t count, uint64_t offset, int *err)
 {
   if (h->s) {
     *err = EPERM;
     return -1;
   }
-  return h->disk ? disk_begin_write (h->disk, &h->below, offset, count, err) :
-    0;
+  if (h->disk && disk_begin_write (h->disk, &h->below, offset, count,
+                                   err) == -1)
+    return -1;
+  below_lock (&h->below);
+  return 0;
 }
 
 static void
-end_write (const struct handle *h)
+end_write (struct handle *h)
 {
+  below_unlock (&h->below);
+  if (h->is_guest)
+    atomic_store (&h->guest.wrote, true);
   if (h->disk)
     disk_end_write (h->disk);
 }
@@ -835,8 +887,14 @@ static int
 cbw_flush (nbdkit_next *next, void *handle, uint32_t flags, int *err)
 {
   const struct handle *h = handle;
+  int r;
 
-  return h->s ? 0 : next->flush (next, flags, err);
+  if (h->s)
+    return 0;
+  below_lock (&h->below);
+  r = next->flush (next, flags, err);
+  below_unlock (&h->below);
+  return r;
 }
 
 static int
@@ -845,11 +903,29 @@ cbw_extents (nbdkit_next *next, void *handle, uint32_t count,
              int *err)
 {
   const struct handle *h = handle;
+  int r;
 
   if (h->s)
-    return snapshot_extents (h->s, &h->below, h->bits, count, offset, flags,
-                             extents, err);
-  return next->extents (next, count, offset, flags, extents, err);
+    return settle (h, err) == -1 ? -1 :
+      snapshot_extents (h->s, &h->below, h->bits, count, offset, flags,
+                        extents, err);
+  below_lock (&h->below);
+  r = next->extents (next, count, offset, flags, extents, err);
+  below_unlock (&h->below);
+  return r;
+}
+
+static int
+cbw_cache (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+           uint32_t flags, int *err)
+{
+  const struct handle *h = handle;
+  int r;
+
+  below_lock (&h->below);
+  r = next->cache (next, count, offset, flags, err);
+  below_unlock (&h->below);
+  return r;
 }
 
 static struct nbdkit_filter filter = {
@@ -887,6 +963,7 @@ static struct nbdkit_filter filter = {
   .trim = cbw_trim,
   .flush = cbw_flush,
   .extents = cbw_extents,
+  .cache = cbw_cache,
 };
 
 /* nbdkit-filter.h defines it without a declaration. */

@@ -28,6 +28,7 @@ struct config {
   uint32_t cluster_size;        /* bytes, 0: choose */
   bool discard;
   char *directory;              /* in which we were started */
+  int thread_model;
 };
 extern struct config config;
 
@@ -41,6 +42,17 @@ struct disk {
    */
   snapshot_list *snapshots;
   bool started;                 /* those made at start are there */
+
+  GMutex guests_lock;
+  GPtrArray *guests;            /* of struct guest */
+};
+
+/* A connection that may write to a disk whose connections do not all see
+ * the same at once.
+ */
+struct guest {
+  struct below *below;
+  atomic_bool wrote;            /* since it was last asked to flush */
 };
 
 /* disk.c */
@@ -73,6 +85,15 @@ extern struct snapshot *disk_remove (const char *node, const char *name,
  */
 extern int disk_start (struct disk *disk, GError **error);
 
+/* Let everybody see what was written before the snapshot was made.  Needed,
+ * before the disk is read for it, unless the layer below is coherent.
+ * Returns -1 with *err set.
+ */
+extern int disk_settle (struct disk *disk, struct snapshot *s, int *err);
+
+extern void disk_add_guest (struct disk *disk, struct guest *guest);
+extern void disk_remove_guest (struct disk *disk, struct guest *guest);
+
 /* Takes the lock.  The disk has become this small. */
 extern void disk_check_size (struct disk *disk, uint64_t size);
 
@@ -94,8 +115,5 @@ extern void disk_end_write (struct disk *disk);
 
 /* commands.c */
 extern void commands_register (void);
-
-/* Complete a target's name: a path is taken from where we were started. */
-extern char *commands_target (const char *name);
 
 #endif /* CBW_H */

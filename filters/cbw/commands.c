@@ -25,13 +25,6 @@
  */
 #define DELETE_SECONDS 6
 
-char *
-commands_target (const char *name)
-{
-  return target_is_uri (name) ? g_strdup (name) :
-    g_canonicalize_filename (name, config.directory);
-}
-
 /* Create. */
 
 static int
@@ -128,7 +121,7 @@ prepare_create (JsonObject *args, GError **error)
   if (!create.disk)
     return NULL;
   if (options.target)
-    options.target = target = commands_target (options.target);
+    options.target = target = target_complete_name (options.target);
   create.s = snapshot_new (create.disk->node, size, &options, error);
   return create.s ? g_memdup2 (&create, sizeof create) : NULL;
 }

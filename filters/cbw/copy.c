@@ -41,6 +41,12 @@
 /* Pieces of one request that are under way. */
 #define DEPTH 8
 
+/* For longer requests the layer below is asked for what is zero, so much at
+ * once; for shorter ones reading is faster than asking.
+ */
+#define LONG_REQUEST (UINT64_C (4) << 20)
+#define EXTENTS_STEP (UINT64_C (1) << 30)
+
 struct copy {
   refs refs;         /* the writer's; the target's */
   struct snapshot *s;
@@ -61,6 +67,15 @@ struct save {
   const struct below *below;
   gint64 limit;                 /* monotonic time, or 0 */
   bool direct;                  /* this thread may write to the target */
+  uint64_t end;                 /* of the request, in clusters */
+
+  /* What the layer below said, up to an offset.  It holds for clusters that
+   * are still on the disk, as those have not changed.
+   */
+  bool is_long;
+  struct nbdkit_extents *extents;
+  size_t next_extent;           /* the first that may be of use */
+  uint64_t extents_end;
   bool disk_failed;             /* as opposed to the target */
   bool gone;                    /* nobody waits for the write any more */
 };
@@ -233,9 +248,12 @@ below_read (const struct below *below, void *buf, uint64_t count,
 
   while (count > 0) {
     const uint32_t n = MIN (count, below->maximum);
-    int err = EIO;
+    int err = EIO, r;
 
-    if (below->next->pread (below->next, p, n, offset, 0, &err) == -1)
+    below_lock (below);
+    r = below->next->pread (below->next, p, n, offset, 0, &err);
+    below_unlock (below);
+    if (r == -1)
       return err ? err : EIO;
     p += n;
     offset += n;
@@ -250,21 +268,39 @@ is_zero (const uint8_t *buf, size_t count)
   return count == 0 || (*buf == 0 && memcmp (buf, buf + 1, count - 1) == 0);
 }
 
+/* Ask for the extents from offset on.  That it fails does no harm. */
+static void
+ask_below (struct save *save, uint64_t offset)
+{
+  const struct below *below = save->below;
+  const uint64_t end = MIN (save->end << save->s->cluster_bits,
+                            save->s->size);
+  const uint64_t bytes = MIN (end - offset, EXTENTS_STEP);
+  int err = 0;
+
+  nbdkit_extents_free (save->extents);
+  below_lock (below);
+  save->extents = nbdkit_extents_full (below->next, bytes, offset, 0, &err);
+  below_unlock (below);
+  save->extents_end = offset + bytes;
+  save->next_extent = 0;
+}
+
 /* Mark the clusters of which the layer below knows without being read that
  * they are zeroes.
  */
 static void
-mark_zeroes (struct copy *copy, const struct below *below)
+mark_zeroes (struct copy *copy, struct save *save)
 {
   const struct snapshot *s = copy->s;
   const uint64_t offset = copy_offset (copy), size = snapshot_cluster_size (s);
   const uint64_t bytes = snapshot_bytes (s, copy->first, copy->n);
-  struct nbdkit_extents *extents;
-  int err = 0;
 
-  extents = nbdkit_extents_full (below->next, bytes, offset, 0, &err);
-  for (size_t i = 0; extents && i < nbdkit_extents_count (extents); ++i) {
-    const struct nbdkit_extent e = nbdkit_get_extent (extents, i);
+  if (offset + bytes > save->extents_end)
+    ask_below (save, offset);
+  for (size_t i = save->next_extent;
+       save->extents && i < nbdkit_extents_count (save->extents); ++i) {
+    const struct nbdkit_extent e = nbdkit_get_extent (save->extents, i);
     const uint64_t end = e.offset + e.length;
     uint64_t c = e.offset > offset ? (e.offset - offset + size - 1) / size : 0;
 
@@ -272,8 +308,10 @@ mark_zeroes (struct copy *copy, const struct below *below)
            offset + c * size + snapshot_bytes (s, copy->first + c, 1) <= end;
          ++c)
       copy->zeroes[c] = true;
+    if (end >= offset + bytes)
+      break;
+    save->next_extent = i + 1;
   }
-  nbdkit_extents_free (extents);
 }
 
 /* From cluster i on, how many are (not) zeroes, as far as is known? */
@@ -288,28 +326,29 @@ run_length (const struct copy *copy, uint64_t i)
 }
 
 static int
-read_old (struct copy *copy, const struct below *below)
+read_old (struct copy *copy, struct save *save)
 {
   const struct snapshot *s = copy->s;
   const unsigned bits = s->cluster_bits;
   uint64_t n;
   int error;
 
-  if (copy->n > 1 && below->can_extents)
-    mark_zeroes (copy, below);
+  if (save->is_long && save->below->can_extents)
+    mark_zeroes (copy, save);
   for (uint64_t i = 0; i < copy->n; i += n) {
     n = run_length (copy, i);
     if (copy->zeroes[i])
       continue;
-    error = below_read (below, copy->buf + (i << bits),
+    error = below_read (save->below, copy->buf + (i << bits),
                         snapshot_bytes (s, copy->first + i, n),
                         (copy->first + i) << bits);
     if (error)
       return error;
   }
   for (uint64_t i = 0; i < copy->n; ++i)
-    copy->zeroes[i] |= is_zero (copy->buf + (i << bits),
-                                snapshot_bytes (s, copy->first + i, 1));
+    if (!copy->zeroes[i])
+      copy->zeroes[i] = is_zero (copy->buf + (i << bits),
+                                 snapshot_bytes (s, copy->first + i, 1));
   return 0;
 }
 
@@ -371,7 +410,7 @@ copy_start (struct copy *copy, struct save *save)
   if (!error) {
     if (bytes < copy_size (copy))
       memset (copy->buf + bytes, 0, copy_size (copy) - bytes);
-    error = read_old (copy, save->below);
+    error = read_old (copy, save);
     save->disk_failed = error != 0;
   }
   if (!error && is_late (save))
@@ -532,15 +571,17 @@ snapshot_save (struct snapshot *s, const struct below *below,
   const uint64_t last = MIN (offset + count, s->size) - 1;
   const uint64_t first = offset >> s->cluster_bits;
   const uint64_t end = (last >> s->cluster_bits) + 1;
-  struct save save = { .s = s, .below = below };
+  struct save save = { .s = s, .below = below, .end = end };
   g_autofree char *reason = NULL;
   int error;
 
   if (s->timeout)
     save.limit = g_get_monotonic_time () +
       (gint64) s->timeout * G_USEC_PER_SEC;
-  save.direct = !s->timeout && end - first <= 2;
+  save.direct = !s->timeout && (end - first) << s->cluster_bits <= MAX_PIECE;
+  save.is_long = count > LONG_REQUEST;
   error = save_range (&save, first, end);
+  nbdkit_extents_free (save.extents);
   if (!error || atomic_load (&s->ended))
     return 0;
   if (save.gone) {

@@ -31,6 +31,8 @@ disk_free (gpointer p)
   struct disk *disk = p;
 
   g_ptr_array_unref (disk->snapshots);
+  g_ptr_array_unref (disk->guests);
+  g_mutex_clear (&disk->guests_lock);
   g_free (disk);
 }
 
@@ -74,6 +76,8 @@ disk_of_node (struct dirty_node *node)
     disk = g_new0 (struct disk, 1);
     disk->node = node;
     disk->snapshots = list_new ();
+    disk->guests = g_ptr_array_new ();
+    g_mutex_init (&disk->guests_lock);
     g_hash_table_insert (disks, node, disk);
   }
   dirty_unlock ();
@@ -308,7 +312,70 @@ disks_forget_all (void)
   dirty_unlock ();
 }
 
+/* Layers whose connections may have caches of their own. */
+
+void
+disk_add_guest (struct disk *disk, struct guest *guest)
+{
+  g_mutex_lock (&disk->guests_lock);
+  g_ptr_array_add (disk->guests, guest);
+  g_mutex_unlock (&disk->guests_lock);
+}
+
+void
+disk_remove_guest (struct disk *disk, struct guest *guest)
+{
+  g_mutex_lock (&disk->guests_lock);
+  g_ptr_array_remove (disk->guests, guest);
+  g_mutex_unlock (&disk->guests_lock);
+}
+
+static int
+flush_guest (struct guest *guest, int *err)
+{
+  nbdkit_next *next = guest->below->next;
+  int r;
+
+  if (!atomic_exchange (&guest->wrote, false))
+    return 0;
+  *err = EIO;
+  below_lock (guest->below);
+  r = next->flush (next, 0, err);
+  below_unlock (guest->below);
+  if (r == -1)
+    atomic_store (&guest->wrote, true);
+  return r;
+}
+
+int
+disk_settle (struct disk *disk, struct snapshot *s, int *err)
+{
+  int r = 0;
+
+  if (atomic_load (&s->settled))
+    return 0;
+  g_mutex_lock (&disk->guests_lock);
+  for (guint i = 0; i < disk->guests->len && r == 0; ++i)
+    r = flush_guest (g_ptr_array_index (disk->guests, i), err);
+  if (r == 0)
+    atomic_store (&s->settled, true);
+  g_mutex_unlock (&disk->guests_lock);
+  return r;
+}
+
 /* Writes. */
+
+static int
+save (struct disk *disk, struct snapshot *s, const struct below *below,
+      uint64_t offset, uint32_t count, int *err)
+{
+  if (below->coherent || disk_settle (disk, s, err) == 0)
+    return snapshot_save (s, below, offset, count, err);
+  if (!s->break_snapshot)
+    return -1;
+  snapshot_break (s, EIO, false, "flushing the disk: %s", g_strerror (*err));
+  return 0;
+}
 
 /* Those snapshots which must copy first, or NULL. */
 static snapshot_list *
@@ -343,8 +410,8 @@ disk_begin_write (struct disk *disk, const struct below *below,
       return 0;
     dirty_gate_leave (gate);
     for (guint i = 0; i < unsaved->len && r == 0; ++i)
-      r = snapshot_save (g_ptr_array_index (unsaved, i), below, offset, count,
-                         err);
+      r = save (disk, g_ptr_array_index (unsaved, i), below, offset, count,
+                err);
     g_ptr_array_unref (unsaved);
   } while (r == 0);
   return -1;

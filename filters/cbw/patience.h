@@ -20,4 +20,7 @@
  */
 extern int patience_wait (GCond *cond, GMutex *lock, gint64 limit);
 
+/* Does waiting make no sense any more? */
+extern gboolean patience_is_over (void);
+
 #endif /* CBW_PATIENCE_H */

@@ -79,6 +79,8 @@ struct snapshot {
    */
   atomic_int ended;
 
+  atomic_bool settled;          /* see disk_settle */
+
   GMutex lock;                  /* for the rest; never held over I/O */
   char *reason;                 /* for the user */
   bool deleted;
@@ -161,7 +163,23 @@ struct below {
   nbdkit_next *next;
   bool can_extents;
   uint32_t maximum;             /* bytes in a request */
+  bool coherent;                /* all connections see the same */
+  GMutex *lock;                 /* taken for requests, or NULL */
 };
+
+static inline void
+below_lock (const struct below *below)
+{
+  if (below->lock)
+    g_mutex_lock (below->lock);
+}
+
+static inline void
+below_unlock (const struct below *below)
+{
+  if (below->lock)
+    g_mutex_unlock (below->lock);
+}
 
 /* Read any number of bytes; returns 0 or an errno value. */
 extern int below_read (const struct below *below, void *buf, uint64_t count,

@@ -43,6 +43,9 @@ struct file {
   struct helpers *helpers;
 };
 
+/* Files that the plugin serves. */
+static GPtrArray *forbidden;
+
 struct write_job {
   struct file *file;
   const void *buf;
@@ -203,6 +206,34 @@ fail (GError **error, int code, const char *what, const char *name)
                      g_strerror (code));
 }
 
+void
+target_forbid_file (const char *path)
+{
+  if (!forbidden)
+    forbidden = g_ptr_array_new_with_free_func (g_free);
+  g_ptr_array_add (forbidden, target_complete_name (path));
+}
+
+void
+target_allow_all (void)
+{
+  g_clear_pointer (&forbidden, g_ptr_array_unref);
+}
+
+static int
+check_allowed (const char *name, const struct stat *st, GError **error)
+{
+  for (guint i = 0; forbidden && i < forbidden->len; ++i) {
+    struct stat other;
+
+    if (stat (g_ptr_array_index (forbidden, i), &other) == 0 &&
+        other.st_dev == st->st_dev && other.st_ino == st->st_ino)
+      return dirty_fail (error, EINVAL, "target %s is the file that the plugin "
+                         "serves, and would be destroyed", name);
+  }
+  return 0;
+}
+
 /* Of a block device it is what the device likes best. */
 static uint32_t
 preferred_size (const struct file *file, const struct stat *st)
@@ -231,6 +262,8 @@ inspect (struct file *file, GError **error)
   if (!S_ISREG (st.st_mode) && !S_ISBLK (st.st_mode))
     return dirty_fail (error, EINVAL, "target %s is neither a regular file "
                        "nor a block device", target->name);
+  if (check_allowed (target->name, &st, error) == -1)
+    return -1;
   end = lseek (file->fd, 0, SEEK_END);
   if (end == -1)
     return fail (error, errno, "lseek", target->name);
@@ -257,20 +290,21 @@ open_unlinked (const char *directory)
   return fd;
 }
 
-static const char *
+static char *
 temporary_directory (void)
 {
   const char *directory = getenv ("TMPDIR");
 
   if (directory && *directory)
-    return directory;
-  return access ("/var/tmp", W_OK | X_OK) == 0 ? "/var/tmp" : "/tmp";
+    return target_complete_name (directory);
+  return g_strdup (access ("/var/tmp", W_OK | X_OK) == 0 ? "/var/tmp" :
+                   "/tmp");
 }
 
 struct target *
 target_open_temporary (uint64_t size, GError **error)
 {
-  const char *directory = temporary_directory ();
+  g_autofree char *directory = temporary_directory ();
   g_autofree char *name = g_strdup_printf ("(a temporary file in %s)",
                                            directory);
   struct file *file = file_new (name);
@@ -363,5 +397,5 @@ target_check_file (const char *path, GError **error)
                        "nor a block device", path);
   if (access (path, R_OK | W_OK) == -1)
     return fail (error, errno, "it cannot be written", path);
-  return 0;
+  return check_allowed (path, &st, error);
 }

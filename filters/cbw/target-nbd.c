@@ -501,7 +501,10 @@ connect_uri (struct nbd *nbd, const char *uri, GError **error)
     if (g_get_monotonic_time () > limit)
       return dirty_fail (error, ETIMEDOUT, "target %s: the server did not "
                          "answer within %d seconds", uri, CONNECT_SECONDS);
-    if (nbd_poll (nbd->h, 100) == -1)
+    if (patience_is_over ())
+      return dirty_fail (error, ESHUTDOWN, "target %s: the server is shutting "
+                         "down", uri);
+    if (nbd_poll (nbd->h, 250) == -1)
       return fail_libnbd (error, uri);
   }
   return nbd_aio_is_ready (nbd->h) ? 0 : fail_libnbd (error, uri);

@@ -27,6 +27,21 @@ static GMutex retiring_lock;
 static GCond retiring_changed;
 static unsigned retiring;
 
+static const char *start_directory;
+
+void
+target_set_directory (const char *directory)
+{
+  start_directory = directory;
+}
+
+char *
+target_complete_name (const char *name)
+{
+  return target_is_uri (name) ? g_strdup (name) :
+    g_canonicalize_filename (name, start_directory);
+}
+
 static struct helpers *
 later (void)
 {

@@ -52,6 +52,16 @@ struct target {
   uint32_t preferred;           /* a power of two */
 };
 
+/* Names are taken from this directory, in which we were started; it stays. */
+extern void target_set_directory (const char *directory);
+
+/* Complete a name: that of a file becomes absolute. */
+extern char *target_complete_name (const char *name);
+
+/* The plugin serves this file, which therefore is no target. */
+extern void target_forbid_file (const char *path);
+extern void target_allow_all (void);
+
 /* Open what name says for a disk of this size; NULL: an unlinked file in
  * $TMPDIR.  This may take long.  Free it with target_unref.
  */

@@ -164,82 +164,126 @@ snapshot_read (struct snapshot *s, const struct below *below, void *buf,
 
 /* Extents. */
 
+/* A question for extents that is being answered. */
+struct answer {
+  struct range r;               /* what remains of it */
+  struct dirty_bits *bits;      /* or NULL */
+  uint32_t flags;
+  struct nbdkit_extents *extents;
+
+  /* What the layer below said, to be used as long as the clusters still are
+   * on the disk: a range that is asked for in one go, as some plugins need
+   * long for each answer, however short.
+   */
+  struct nbdkit_extents *below;
+  size_t next;                  /* the first that may be of use */
+  uint64_t below_end;           /* offset */
+};
+
 /* Has the client what it wants? */
 static bool
-is_enough (const struct nbdkit_extents *extents, uint32_t flags)
+is_enough (const struct answer *a)
 {
-  return (flags & NBDKIT_FLAG_REQ_ONE) && nbdkit_extents_count (extents) > 1;
+  return (a->flags & NBDKIT_FLAG_REQ_ONE) &&
+    nbdkit_extents_count (a->extents) > 1;
 }
 
-/* Add what the layer below says, as long as it is about the snapshot.
- * Returns the number of bytes, or -1 with *err set.
- */
-static int64_t
-add_from (const struct range *r, const struct nbdkit_extents *below,
-          struct dirty_bits *bits, struct nbdkit_extents *extents, int *err)
+/* Returns -1 with *err set. */
+static int
+add (struct answer *a, uint64_t count, uint32_t type, int *err)
 {
-  struct range part;
-  uint64_t done = r->offset, end;
+  const int r = nbdkit_add_extent (a->extents, a->r.offset, count, type);
 
-  /* What is still on the disk now was so when we asked. */
-  if (first_part (r, &part) != ON_DISK)
-    return 0;
-  end = part.offset + part.count;
-  for (size_t i = 0; i < nbdkit_extents_count (below) && done < end; ++i) {
-    const struct nbdkit_extent e = nbdkit_get_extent (below, i);
+  *err = ENOMEM;
+  advance (&a->r, count);
+  return r;
+}
+
+/* Ask for all that remains, or with NBDKIT_FLAG_REQ_ONE its beginning. */
+static int
+ask_below (struct answer *a, int *err)
+{
+  const struct below *below = a->r.below;
+  nbdkit_next *next = below->next;
+  size_t n;
+  int r;
+
+  nbdkit_extents_free (a->below);
+  a->below = nbdkit_extents_new (a->r.offset, a->r.offset + a->r.count);
+  *err = ENOMEM;
+  if (!a->below)
+    return -1;
+  *err = EIO;
+  below_lock (below);
+  r = next->extents (next, a->r.count, a->r.offset, a->flags, a->below, err);
+  below_unlock (below);
+  if (r == -1)
+    return -1;
+  n = nbdkit_extents_count (a->below);
+  *err = EIO;
+  if (n == 0)
+    return -1;
+  a->next = 0;
+  a->below_end = nbdkit_get_extent (a->below, n - 1).offset +
+    nbdkit_get_extent (a->below, n - 1).length;
+  return 0;
+}
+
+/* Add a part that still is on the disk now, and so was when the layer below
+ * was asked; at most as much as it said.
+ */
+static int
+add_below (struct answer *a, const struct range *part, int *err)
+{
+  const uint64_t end = MIN (part->offset + part->count, a->below_end);
+
+  while (a->r.offset < end) {
+    const struct nbdkit_extent e = nbdkit_get_extent (a->below, a->next);
     const uint64_t stop = MIN (e.offset + e.length, end);
 
-    if (nbdkit_add_extent (extents, done, stop - done,
-                           bits ? dirty_view_dirty_type (e.type) :
-                           e.type) == -1) {
-      *err = errno;
+    if (stop > a->r.offset &&
+        add (a, stop - a->r.offset,
+             a->bits ? dirty_view_dirty_type (e.type) : e.type, err) == -1)
       return -1;
-    }
-    done = stop;
+    if (stop < end)
+      a->next++;
   }
-  return done - r->offset;
+  return 0;
 }
 
-/* For clusters that were on the disk. */
-static int64_t
-add_disk (const struct range *r, struct dirty_bits *bits, uint32_t flags,
-          struct nbdkit_extents *extents, int *err)
-{
-  nbdkit_next *next = r->below->next;
-  struct nbdkit_extents *below;
-  int64_t done = -1;
-
-  below = nbdkit_extents_new (r->offset, r->offset + r->count);
-  if (!below) {
-    *err = ENOMEM;
-    return -1;
-  }
-  *err = EIO;
-  if (next->extents (next, r->count, r->offset, flags, below, err) == 0)
-    done = add_from (r, below, bits, extents, err);
-  nbdkit_extents_free (below);
-  return done;
-}
-
-/* Add the beginning of the range, all of it dirty if that is asked for. */
-static int64_t
-add_part (const struct range *r, struct dirty_bits *bits, uint32_t flags,
-          struct nbdkit_extents *extents, int *err)
+/* Add the beginning of what remains, or ask for what it is. */
+static int
+add_part (struct answer *a, const struct range *limits, int *err)
 {
   struct range part;
-  const enum state state = first_part (r, &part);
-  const bool as_data = bits && dirty_view_clean_is_zero ();
-  uint32_t type = 0;
+  const enum state state = first_part (limits, &part);
+  const bool as_data = a->bits && dirty_view_clean_is_zero ();
 
-  if (state == ON_DISK && r->below->can_extents && !as_data)
-    return add_disk (&part, bits, flags, extents, err);
-  if (state == INACCESSIBLE)
-    type = dirty_view_clean_type ();
-  else if (state == ZEROES && !as_data)
-    type = HOLE | ZERO;
-  *err = ENOMEM;
-  return nbdkit_add_extent (extents, part.offset, part.count, type) == -1 ?
-    -1 : (int64_t) part.count;
+  if (state == ON_DISK && a->r.below->can_extents && !as_data)
+    return part.offset < a->below_end ? add_below (a, &part, err) :
+      ask_below (a, err);
+  return add (a, part.count, state == INACCESSIBLE ? dirty_view_clean_type () :
+              state == ZEROES && !as_data ? HOLE | ZERO : 0, err);
+}
+
+static int
+answer (struct answer *a, int *err)
+{
+  int r = 0;
+
+  while (r == 0 && a->r.count > 0 && !is_enough (a)) {
+    struct range part = a->r;
+    uint64_t length;
+    bool dirty = true;
+
+    if (a->bits) {
+      dirty = dirty_bits_get (a->bits, part.offset, &length);
+      part.count = MIN (part.count, length);
+    }
+    r = dirty ? add_part (a, &part, err) :
+      add (a, part.count, dirty_view_clean_type (), err);
+  }
+  return r;
 }
 
 int
@@ -247,34 +291,18 @@ snapshot_extents (struct snapshot *s, const struct below *below,
                   struct dirty_bits *bits, uint32_t count, uint64_t offset,
                   uint32_t flags, struct nbdkit_extents *extents, int *err)
 {
-  struct range r = { s, below, NULL, offset, count }, part;
-  uint64_t length;
-  int64_t n;
+  struct answer a = {
+    .r = { s, below, NULL, offset, count },
+    .bits = bits,
+    .flags = flags,
+    .extents = extents,
+  };
+  int r = answer (&a, err);
 
-  while (r.count > 0 && !is_enough (extents, flags)) {
-    part = r;
-    if (bits) {
-      const bool dirty = dirty_bits_get (bits, r.offset, &length);
-
-      part.count = n = MIN (length, r.count);
-      if (!dirty && nbdkit_add_extent (extents, r.offset, n,
-                                       dirty_view_clean_type ()) == -1) {
-        *err = ENOMEM;
-        return -1;
-      }
-      if (!dirty) {
-        advance (&r, n);
-        continue;
-      }
-    }
-    n = add_part (&part, bits, flags, extents, err);
-    if (n == -1)
-      return -1;
-    advance (&r, n);
-  }
-  if (atomic_load (&s->ended)) {
+  nbdkit_extents_free (a.below);
+  if (r == 0 && atomic_load (&s->ended)) {
     *err = EIO;
-    return -1;
+    r = -1;
   }
-  return 0;
+  return r;
 }

@@ -26,7 +26,7 @@ DEPTH = 16
 COLD_SHARE = 0.25
 
 # What the guest does while the view is read, so that all have equal work.
-GUEST_RATE = 2000
+GUEST_RATE = 20000
 
 MICROSECONDS = Unit("us", "{:,.0f} us", True)
 
