@@ -8,21 +8,23 @@
 /* A thread that sleeps most of the time.  When the server is told to end
  * it wakes up and stores at once: clients that are idle may keep the
  * server from ending for as long as they like.
+ *
+ * A server can end without being told to, which nothing wakes it up for; so
+ * it looks now and then.
  */
 
 #include <config.h>
 
-#include <pthread.h>
 #include <stdatomic.h>
-#include <string.h>
 
 #include "bitmap-persist.h"
 
-#define LONG 3600               /* seconds to sleep if nothing is to be done */
+#define NAP 500                 /* milliseconds of sleep */
 
-static struct dirty_persist *persist; /* NULL when stopped; under the lock */
-static unsigned interval;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static GThread *thread;
+static struct dirty_persist *persist;
+static unsigned interval;       /* seconds; 0: none */
+static atomic_bool stopped;
 
 static void
 complain (const GError *error, bool last)
@@ -40,31 +42,26 @@ sync_now (struct dirty_persist *p, bool last)
     complain (error, last);
 }
 
-/* Returns false when there is nothing more to be done. */
+/* Sleep until it is time.  Returns false if that time never comes. */
 static bool
-store (void)
+sleep_long (void)
 {
-  bool again;
+  const gint64 end = g_get_monotonic_time () + interval * G_USEC_PER_SEC;
 
-  pthread_mutex_lock (&lock);
-  again = persist != NULL;
-  if (again)
-    sync_now (persist, false);
-  pthread_mutex_unlock (&lock);
-  return again;
+  while (interval == 0 || g_get_monotonic_time () < end)
+    if (nbdkit_nanosleep (0, NAP * 1000000) == -1 || atomic_load (&stopped))
+      return false;
+  return true;
 }
 
-static void *
-run (void *opaque)
+static gpointer
+run (gpointer opaque)
 {
-  bool ending = false;
-
   dirty_persist_outside ();
-  do
-    ending = nbdkit_nanosleep (interval ? interval : LONG, 0) == -1;
-  while ((ending || interval == 0 || store ()) && !ending);
-  if (ending)
-    store ();
+  while (sleep_long ())
+    sync_now (persist, false);
+  if (!atomic_load (&stopped))
+    sync_now (persist, false);
   return NULL;
 }
 
@@ -86,19 +83,13 @@ sync_sometimes (struct dirty_persist *p)
 int
 sync_start (struct dirty_persist *p, unsigned seconds)
 {
-  pthread_attr_t attr;
-  pthread_t thread;
-  int r;
+  g_autoptr (GError) error = NULL;
 
   persist = p;
   interval = seconds;
-  pthread_attr_init (&attr);
-  /* Not every way in which a server ends wakes it up. */
-  pthread_attr_setdetachstate (&attr, PTHREAD_CREATE_DETACHED);
-  r = pthread_create (&thread, &attr, run, NULL);
-  pthread_attr_destroy (&attr);
-  if (r != 0) {
-    nbdkit_error ("bitmap-persist: pthread_create: %s", strerror (r));
+  thread = g_thread_try_new ("bitmap-sync", run, NULL, &error);
+  if (!thread) {
+    nbdkit_error ("bitmap-persist: %s", error->message);
     return -1;
   }
   return 0;
@@ -107,7 +98,8 @@ sync_start (struct dirty_persist *p, unsigned seconds)
 void
 sync_stop (void)
 {
-  pthread_mutex_lock (&lock);
-  persist = NULL;
-  pthread_mutex_unlock (&lock);
+  atomic_store (&stopped, true);
+  if (thread)
+    g_thread_join (thread);
+  thread = NULL;
 }
