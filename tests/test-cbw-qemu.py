@@ -63,9 +63,9 @@ class Daemon:
              "max-connections=100",
              "--chardev", f"socket,id=qmp,path={qmp_path},server=on,wait=off",
              "--monitor", "chardev=qmp"], stdin=subprocess.DEVNULL)
-        cbw.wait_until(lambda: os.path.exists(qmp_path), "the daemon")
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(qmp_path)
+        cbw.wait_until(lambda: self.socket.connect_ex(qmp_path) == 0,
+                       "the daemon")
         self.lines = self.socket.makefile()
         self.lines.readline()
         self("qmp_capabilities")
