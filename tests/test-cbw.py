@@ -705,7 +705,14 @@ class Hanging:
         return self.server.uri()
 
     def hang(self):
+        """When this returns none of its threads runs."""
         os.kill(self.pid, signal.SIGSTOP)
+        cbw.wait_until(lambda: set(self.states()) == {"T"}, "the stop")
+
+    def states(self):
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            with open(f"/proc/{self.pid}/task/{thread}/stat") as stat:
+                yield stat.read().rpartition(")")[2].split()[0]
 
     def go_on(self):
         os.kill(self.pid, signal.SIGCONT)
