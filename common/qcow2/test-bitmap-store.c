@@ -20,8 +20,8 @@
 #include "qcow2/create.h"
 #include "qcow2/error.h"
 
-#define TiB (UINT64_C (1) << 40)
-#define DISK (16 * TiB)
+#define DISK (UINT64_C (1) << 40)
+#define STEP (DISK / 16)
 #define GRANULARITY_BITS 16
 
 /* A container in memory, which counts. */
@@ -205,7 +205,7 @@ test_proportion (struct fixture *f, gconstpointer data)
 
   /* Ten granules, far from each other. */
   for (uint64_t i = 1; i < 11; ++i)
-    dirty_bits_set (bits, i * TiB + 12345678, 1);
+    dirty_bits_set (bits, i * STEP + 12345678, 1);
   g_assert_cmpuint (save (f, bits, stored), ==, 10 * 512);
   dirty_bits_free (stored);
 
@@ -225,7 +225,7 @@ test_full (struct fixture *f, gconstpointer data)
   struct dirty_bits *bits = dirty_bits_new (DISK, GRANULARITY_BITS);
   struct qcow2_bitmap *b;
 
-  for (uint64_t i = 0; i < DISK; i += TiB)
+  for (uint64_t i = 0; i < DISK; i += STEP)
     dirty_bits_set (bits, i, 1);
   for (unsigned i = 0; i < 20; ++i) {
     g_autoptr (GError) error = NULL;

@@ -233,10 +233,14 @@ container_close (struct dirty_container *container)
 static void
 container_init (struct container *c, const struct qcow2_io *io)
 {
-  c->container.name = "container";
-  c->container.open = container_open;
-  c->container.close = container_close;
-  c->io = io;
+  *c = (struct container) {
+    .container = {
+      .name = "container",
+      .open = container_open,
+      .close = container_close,
+    },
+    .io = io,
+  };
 }
 
 /* Does the container look as if nobody used it?  Inconsistent bitmaps stay
