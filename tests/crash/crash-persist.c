@@ -51,6 +51,7 @@ struct run {
 
   struct server *server;
   struct connection connections[MODEL_DISKS][CONNECTIONS];
+  struct recorder *first[MODEL_DISKS]; /* what the first one begins with */
   struct remains *remains[MODEL_DISKS];
 };
 
@@ -527,9 +528,23 @@ read_image (struct run *run, const char *path)
 
   g_file_get_contents (path, &bytes, &size, &error);
   must (0, error, path);
-  for (unsigned d = 0; d < run->disks; ++d)
-    run->remains[d] = remains_new (recorder_new (bytes, size));
+  for (unsigned d = 0; d < run->disks; ++d) {
+    run->first[d] = recorder_new (bytes, size);
+    run->remains[d] = remains_new (run->first[d]);
+  }
   g_free (bytes);
+}
+
+static void
+free_run (struct run *run)
+{
+  for (unsigned d = 0; d < run->disks; ++d) {
+    remains_free (run->remains[d]);
+    recorder_free (run->first[d]);
+  }
+  if (run->server)
+    server_free (run->server);
+  g_rand_free (run->rand);
 }
 
 int
@@ -555,5 +570,6 @@ main (int argc, char *argv[])
     live_and_die (&run);
   printf ("%u events, %u failures, %u recoveries, %u crashes\n", run.events,
           run.failures, run.recoveries, run.judge.crashes);
+  free_run (&run);
   return 0;
 }
