@@ -25,6 +25,7 @@ static GTree *nodes;            /* name -> struct dirty_node */
 
 static char *only_name;         /* of the one node, or NULL */
 static bool each_export;
+static void (*watcher) (struct dirty_node *node);
 
 G_DEFINE_QUARK (dirty-error-quark, dirty_error)
 
@@ -139,6 +140,20 @@ bool
 dirty_nodes_each (void)
 {
   return each_export;
+}
+
+void
+dirty_nodes_watch (void (*given_away) (struct dirty_node *node))
+{
+  watcher = given_away;
+}
+
+void
+dirty_node_give_away (struct dirty_node *node)
+{
+  node->inactive = true;
+  if (watcher)
+    watcher (node);
 }
 
 void

@@ -115,6 +115,12 @@ extern int dirty_nodes_config (const char *key, const char *value,
 /* Is each export a disk of its own? */
 extern bool dirty_nodes_each (void);
 
+/* Let a function be called, with the lock held and closed gates, when a
+ * node's disk is given to another program.
+ */
+extern void dirty_nodes_watch (void (*given_away) (struct dirty_node *node));
+extern void dirty_node_give_away (struct dirty_node *node);
+
 /* Call the one node something else.  Before there is any. */
 extern void dirty_nodes_rename (const char *name);
 

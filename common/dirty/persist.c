@@ -573,7 +573,7 @@ deactivate (struct dirty_persist *p, GError **error)
   g_mutex_unlock (&p->lock);
   forget_bitmaps (p->node);
   p->loaded = p->active = false;
-  p->node->inactive = true;
+  dirty_node_give_away (p->node);
   return 0;
 }
 

@@ -64,6 +64,7 @@ static void
 cbw_load (void)
 {
   loaded++;
+  qf_suite_load (QF_CBW);
   if (!config.directory)
     config.directory = g_get_current_dir ();
   target_set_directory (config.directory);
@@ -285,6 +286,7 @@ cbw_get_ready (int thread_model)
   config.thread_model = thread_model;
   if (qf_suite_add (QF_CBW, &error) == -1)
     return report (error);
+  disks_watch ();
   commands_register ();
   return control_get_ready (&error) == -1 ? report (error) : 0;
 }
@@ -565,6 +567,8 @@ parse_export (struct handle *h, const char *exportname)
     if (!dirty_nodes_each ())
       return -1;
   }
+  g_clear_pointer (&h->s, snapshot_unref);
+  h->bits = NULL;
   g_free (h->base);
   h->base = g_strdup (exportname);
   return 0;

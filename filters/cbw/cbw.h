@@ -102,6 +102,9 @@ extern void disk_foreach_snapshot (void (*call) (struct snapshot *s,
                                                  gpointer opaque),
                                    gpointer opaque);
 
+/* Let snapshots break that cannot see all writes any more. */
+extern void disks_watch (void);
+
 /* No more waiting: all snapshots end, as the server does. */
 extern void disks_end_all (void);
 extern void disks_forget_all (void);

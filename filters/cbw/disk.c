@@ -136,33 +136,15 @@ undo_change (gpointer opaque)
   g_free (change);
 }
 
-/* Two snapshots in one target would destroy each other.  Files are locked,
- * servers are not.
- */
-static void
-find_same_target (struct snapshot *s, gpointer opaque)
-{
-  const struct snapshot **wanted = opaque;
-
-  if (*wanted && target_is_uri (s->target_name) && s->target &&
-      strcmp (s->target_name, (*wanted)->target_name) == 0)
-    *wanted = NULL;
-}
-
 int
 disk_add (struct dirty_transaction *t, struct disk *disk,
           struct snapshot *s, GError **error)
 {
-  const struct snapshot *wanted = s;
   struct change *change;
 
   if (disk_find (disk, s->name))
     return dirty_fail (error, EEXIST, "Snapshot already exists: '%s' of node "
                        "'%s'", s->name, disk->node->name);
-  disk_foreach_snapshot (find_same_target, &wanted);
-  if (!wanted)
-    return dirty_fail (error, EBUSY, "target %s is in use by another "
-                       "snapshot", s->target_name);
   if (snapshot_freeze (s, error) == -1)
     return -1;
   change = g_new (struct change, 1);
@@ -195,6 +177,7 @@ disk_remove (const char *node_name, const char *name, GError **error)
     snapshot_ref (s);
     dirty_gates_close (&node, 1);
     disk->snapshots = list_copy (before, s);
+    snapshot_stop (s, "it has been deleted");
     dirty_gates_open (&node, 1);
     g_ptr_array_unref (before);
   }
@@ -286,6 +269,23 @@ disk_check_size (struct disk *disk, uint64_t size)
       snapshot_break (s, EIO, false, "the disk has become smaller");
   }
   dirty_unlock ();
+}
+
+/* Another program may write to it, and we do not see what. */
+static void
+break_all (struct dirty_node *node)
+{
+  const struct disk *disk = disk_of_known_node (node);
+
+  for (guint i = 0; disk && i < disk->snapshots->len; ++i)
+    snapshot_break (g_ptr_array_index (disk->snapshots, i), EIO, false,
+                    "the disk was given to another program");
+}
+
+void
+disks_watch (void)
+{
+  dirty_nodes_watch (break_all);
 }
 
 /* The end. */

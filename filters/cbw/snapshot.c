@@ -51,8 +51,9 @@ frozen_free (gpointer p)
 static void
 snapshot_free (struct snapshot *s)
 {
+  /* It never came to be: what is in the target is not ours. */
   if (s->target)
-    target_retire (s->target, false, NULL, NULL);
+    target_drop (s->target);
   g_ptr_array_unref (s->frozen);
   g_mutex_clear (&s->lock);
   g_free ((gpointer) s->states);
@@ -204,6 +205,9 @@ snapshot_freeze (struct snapshot *s, GError **error)
 {
   struct dirty_bits *bits;
 
+  if (s->node->inactive)
+    return dirty_fail (error, EROFS, "Node '%s' is inactive: another program "
+                       "may be writing to its disk", s->node->name);
   if (s->node->size != s->size)
     return dirty_fail (error, EAGAIN, "the size of node '%s' has changed "
                        "while snapshot '%s' was being made: try again",
@@ -304,10 +308,29 @@ snapshot_target (struct snapshot *s)
 
 /* The end. */
 
-/* Of several reasons the first one counts.  Takes reason. */
+/* With the lock held.  Of several reasons the first one counts. */
 static void
-end (struct snapshot *s, int error, bool hangs, char *reason, bool deleted,
-     target_done done, gpointer opaque)
+stop (struct snapshot *s, int error, const char *reason)
+{
+  if (!s->reason)
+    s->reason = g_strdup (reason);
+  if (!atomic_load (&s->ended))
+    atomic_store (&s->ended, error);
+  copies_wake (s);
+}
+
+void
+snapshot_stop (struct snapshot *s, const char *reason)
+{
+  g_mutex_lock (&s->lock);
+  stop (s, ESHUTDOWN, reason);
+  g_mutex_unlock (&s->lock);
+  copies_wake_for_memory ();
+}
+
+static void
+end (struct snapshot *s, int error, bool hangs, const char *reason,
+     bool deleted, target_done done, gpointer opaque)
 {
   struct target *target;
 
@@ -315,14 +338,9 @@ end (struct snapshot *s, int error, bool hangs, char *reason, bool deleted,
   target = s->target;
   s->target = NULL;
   s->deleted |= deleted;
-  if (!s->reason)
-    s->reason = g_steal_pointer (&reason);
-  if (!atomic_load (&s->ended))
-    atomic_store (&s->ended, error);
-  copies_wake (s);
+  stop (s, error, reason);
   g_mutex_unlock (&s->lock);
   copies_wake_for_memory ();
-  g_free (reason);
   if (target)
     target_retire (target, hangs, done, opaque);
   else if (done)
@@ -333,7 +351,7 @@ void
 snapshot_break (struct snapshot *s, int error, bool hangs,
                 const char *fs, ...)
 {
-  char *reason;
+  g_autofree char *reason = NULL;
   va_list args;
 
   va_start (args, fs);
@@ -349,7 +367,7 @@ void
 snapshot_delete (struct snapshot *s, const char *reason, target_done done,
                  gpointer opaque)
 {
-  end (s, ESHUTDOWN, false, g_strdup (reason), true, done, opaque);
+  end (s, ESHUTDOWN, false, reason, true, done, opaque);
 }
 
 /* With the lock held: take away a cluster; was it in the target? */

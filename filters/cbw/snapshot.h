@@ -142,6 +142,11 @@ extern struct target *snapshot_target (struct snapshot *s);
 extern void snapshot_break (struct snapshot *s, int error, bool hangs,
                             const char *fs, ...) G_GNUC_PRINTF (4, 5);
 
+/* It is about to be deleted: from now on nobody reads it, and writes do not
+ * wait for it.  With the gates closed, as the next write may not copy.
+ */
+extern void snapshot_stop (struct snapshot *s, const char *reason);
+
 /* It is not wanted any more.  Called when it is on no list; done, unless
  * NULL, is called when its space has been freed.
  */

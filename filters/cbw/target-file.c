@@ -91,7 +91,8 @@ file_write (struct target *target, const void *buf, uint32_t count,
   struct file *file = (struct file *) target;
   struct write_job *job;
 
-  if (direct) {
+  /* One that the user has named may be anywhere, and hang. */
+  if (direct && file->temporary) {
     done (opaque, write_all (file, buf, count, offset));
     return;
   }
@@ -145,11 +146,11 @@ file_purge (struct target *target)
 
   /* A helper that hangs may keep the file open. */
   if ((file->temporary || file->created) && ftruncate (file->fd, 0) == -1)
-    file_discard (target, 0, target->size);
+    file_discard (target, 0, target->used);
   if (file->created)
     unlink (target->name);
   else if (!file->temporary)
-    file_discard (target, 0, target->size);
+    file_discard (target, 0, target->used);
 }
 
 static void

@@ -38,12 +38,15 @@
 /* How long a server may take until it can be used, in seconds, and to free
  * the space of what is no longer wanted.
  */
-#define CONNECT_SECONDS 30
+#define CONNECT_SECONDS 10
 #define DISCARD_SECONDS 5
 
 /* The most that is asked for at once, in bytes. */
 #define MAX_REQUEST (UINT32_C (32) << 20)
 #define MAX_DISCARD (UINT32_C (1) << 30)
+
+/* And that is discarded in as many requests at the same time. */
+#define MAX_DISCARDS 16
 
 struct request;
 
@@ -61,6 +64,12 @@ struct nbd {
   struct request *pending, *complete;
   bool orphan;                  /* nobody has a reference */
 };
+
+/* Servers that are targets.  Two snapshots in one would destroy each other,
+ * also when one of them is only being deleted.
+ */
+static GMutex uris_lock;
+static GHashTable *uris;
 
 /* A piece of a request. */
 struct request {
@@ -158,6 +167,30 @@ fail_pending (struct nbd *nbd)
     list_add (&nbd->complete, rq);
   }
   g_mutex_unlock (&nbd->list_lock);
+}
+
+/* False if it is taken. */
+static bool
+take_uri (const char *uri)
+{
+  bool is_new;
+
+  g_mutex_lock (&uris_lock);
+  if (!uris)
+    uris = g_hash_table_new_full (g_str_hash, g_str_equal, g_free, NULL);
+  is_new = !g_hash_table_contains (uris, uri);
+  if (is_new)
+    g_hash_table_add (uris, g_strdup (uri));
+  g_mutex_unlock (&uris_lock);
+  return is_new;
+}
+
+static void
+give_uri_back (const char *uri)
+{
+  g_mutex_lock (&uris_lock);
+  g_hash_table_remove (uris, uri);
+  g_mutex_unlock (&uris_lock);
 }
 
 static void
@@ -429,20 +462,32 @@ static void
 target_nbd_discard (struct target *target, uint64_t offset, uint64_t count)
 {
   struct nbd *nbd = (struct nbd *) target;
-  struct wait *w = nbd->can_trim ? wait_new (0) : NULL;
+  const gint64 limit = g_get_monotonic_time () +
+    DISCARD_SECONDS * G_USEC_PER_SEC;
+  int error = nbd->can_trim ? 0 : ENOTSUP;
 
-  if (!w)
-    return;
-  request_pieces (nbd, TRIM, NULL, count & -(uint64_t) target->minimum,
-                  offset, wait_done, w);
-  wait_until (w, g_get_monotonic_time () + DISCARD_SECONDS * G_USEC_PER_SEC);
-  wait_unref (w);
+  count &= -(uint64_t) target->minimum;
+  while (!error && count > 0) {
+    const uint64_t n = MIN (count, (uint64_t) MAX_DISCARDS * MAX_DISCARD);
+    struct wait *w = wait_new (0);
+
+    if (!w)
+      return;
+    request_pieces (nbd, TRIM, NULL, n, offset, wait_done, w);
+    error = wait_until (w, limit);
+    wait_unref (w);
+    offset += n;
+    count -= n;
+  }
 }
 
 static void
 target_nbd_purge (struct target *target)
 {
-  target_nbd_discard (target, 0, target->size);
+  const uint64_t mask = target->minimum - 1;
+
+  target_nbd_discard (target, 0, MIN ((target->used + mask) & ~mask,
+                                      target->size));
 }
 
 static void
@@ -460,6 +505,7 @@ target_nbd_free (struct target *target)
 {
   struct nbd *nbd = (struct nbd *) target;
 
+  give_uri_back (target->name);
   g_mutex_lock (&nbd->list_lock);
   atomic_store (&nbd->stop, true);
   nbd->orphan = true;
@@ -540,9 +586,15 @@ inspect (struct nbd *nbd, const char *uri, GError **error)
 struct target *
 target_open_nbd (const char *uri, uint64_t size, GError **error)
 {
-  struct nbd *nbd = g_new0 (struct nbd, 1);
+  struct nbd *nbd;
   GThread *thread;
 
+  if (!take_uri (uri)) {
+    dirty_fail (error, EBUSY, "target %s is in use by another snapshot, or "
+                "one that has just been deleted", uri);
+    return NULL;
+  }
+  nbd = g_new0 (struct nbd, 1);
   nbd->target.ops = &ops;
   refs_init (&nbd->target.refs, 1);
   nbd->target.name = g_strdup (uri);
@@ -564,6 +616,7 @@ target_open_nbd (const char *uri, uint64_t size, GError **error)
   return &nbd->target;
 
  error:
+  give_uri_back (uri);
   nbd_close (nbd->h);
   nbd->h = NULL;
   destroy (nbd);

@@ -66,10 +66,16 @@ target_is_uri (const char *name)
 struct target *
 target_open (const char *name, uint64_t size, GError **error)
 {
+  struct target *target;
+
   if (!name)
-    return target_open_temporary (size, error);
-  return target_is_uri (name) ? target_open_nbd (name, size, error) :
-    target_open_file (name, size, error);
+    target = target_open_temporary (size, error);
+  else
+    target = target_is_uri (name) ? target_open_nbd (name, size, error) :
+      target_open_file (name, size, error);
+  if (target)
+    target->used = size;
+  return target;
 }
 
 int
@@ -183,6 +189,13 @@ target_retire (struct target *target, bool hangs, target_done done,
   retiring++;
   g_mutex_unlock (&retiring_lock);
   helpers_run (later (), retire_now, errand);
+}
+
+void
+target_drop (struct target *target)
+{
+  target->ops->cancel (target);
+  target_unref (target);
 }
 
 void

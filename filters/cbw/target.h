@@ -48,6 +48,7 @@ struct target {
   refs refs;
   char *name;                   /* for messages and queries */
   uint64_t size;                /* in bytes, at least the disk's */
+  uint64_t used;                /* the disk's */
   uint32_t minimum;             /* writes and reads are multiples of this */
   uint32_t preferred;           /* a power of two */
 };
@@ -101,6 +102,9 @@ extern void target_discard_later (struct target *target, uint64_t offset,
  */
 extern void target_retire (struct target *target, bool hangs,
                            target_done done, gpointer opaque);
+
+/* The same for one that was never written to: it is left as it was. */
+extern void target_drop (struct target *target);
 
 /* Wait, but not for ever, until that has happened for all of them. */
 extern void target_wait_for_retired (void);

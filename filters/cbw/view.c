@@ -125,6 +125,9 @@ read_disk (struct range r)
   int error = below_read (r.below, r.buf, r.count, r.offset);
   struct range part;
 
+  /* First what was read, then the states. */
+  atomic_thread_fence (memory_order_seq_cst);
+
   for (; !error && r.count > 0; advance (&r, part.count)) {
     const enum state state = first_part (&r, &part);
 
@@ -148,6 +151,7 @@ read_range (struct range r)
       read_elsewhere (&part, state);
   }
   /* It may have ended, or been discarded, while that was read. */
+  atomic_thread_fence (memory_order_seq_cst);
   return error ? error : check_access (&all);
 }
 
