@@ -91,8 +91,7 @@ file_write (struct target *target, const void *buf, uint32_t count,
   struct file *file = (struct file *) target;
   struct write_job *job;
 
-  /* One that the user has named may be anywhere, and hang. */
-  if (direct && file->temporary) {
+  if (direct) {
     done (opaque, write_all (file, buf, count, offset));
     return;
   }

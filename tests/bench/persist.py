@@ -16,12 +16,17 @@ PIECE = 4096
 DEPTH = 16
 
 
-def write_everywhere(server):
-    """Write a little to each region, in any order.  Returns how many
-    there are."""
+def connect(server):
     import nbd                  # of which not each Python knows
     handle = nbd.NBD()
     handle.connect_uri(server.uri)
+    return handle
+
+
+def write_everywhere(handle):
+    """Write a little to each region, in any order.  Returns how many
+    there are."""
+    import nbd
     offsets = list(range(0, handle.get_size(), REGION))
     random.Random(1).shuffle(offsets)
     for offset in offsets:
@@ -31,19 +36,26 @@ def write_everywhere(server):
                           completion=lambda *_: 1)
     while handle.aio_in_flight():
         handle.poll(-1)
-    handle.shutdown()
     return len(offsets)
 
 
 def cold(server, _options):
+    handle = connect(server)
     start = time.perf_counter()
-    number = write_everywhere(server)
-    return number / (time.perf_counter() - start)
+    number = write_everywhere(handle)
+    seconds = time.perf_counter() - start
+    handle.shutdown()
+    return number / seconds
 
 
 def warm(server, options):
-    write_everywhere(server)
-    return RANDOM_WRITE.run(server, options)
+    """Who has written stays: all is stored, and cold again, when the last
+    of them goes."""
+    handle = connect(server)
+    write_everywhere(handle)
+    rate = RANDOM_WRITE.run(server, options)
+    handle.shutdown()
+    return rate
 
 
 def wait_for_end(pid):
@@ -59,9 +71,7 @@ def wait_for_end(pid):
 
 
 def make_dirty(server):
-    import nbd
-    handle = nbd.NBD()
-    handle.connect_uri(server.uri)
+    handle = connect(server)
     rng = random.Random(1)
     for _ in range(20000):
         handle.zero(PIECE, rng.randrange(handle.get_size() // PIECE) * PIECE)
