@@ -15,10 +15,11 @@
  * Locking: dirty_lock protects all members of nodes and bitmaps, and the
  * table.  Who changes bitmaps other than by writes, or stores them, holds
  * dirty_changes_lock as well, and takes it first: so that bitmaps stay as
- * they are for a long time without anybody else being held up.  Functions expect the caller to hold it unless they say "takes
- * the lock".  Members which writes read are changed only with the gates
- * of the node closed (see transaction.h), so a write needs no lock: it
- * must not take it, for who holds it may be waiting for the write.
+ * they are for a long time without anybody else being held up.  Functions
+ * expect the caller to hold dirty_lock unless they say "takes the lock".
+ * Members which writes read are changed only with the gates of the node
+ * closed (see transaction.h), so a write needs no lock: it must not take
+ * it, for who holds it may be waiting for the write.
  *
  * Errors are of the domain DIRTY_ERROR, their codes errno values; they
  * name the node and the bitmap.

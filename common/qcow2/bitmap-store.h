@@ -75,10 +75,11 @@ struct qcow2_bitmap_changes {
 /* Change the directory, all at once: a crash leaves all as it was, or as it
  * shall be.  Flushed; so is all that was saved before.
  */
-extern int qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
-                                      const struct qcow2_io *io,
-                                      const struct qcow2_bitmap_changes *changes,
-                                      GError **error);
+extern int
+qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
+                           const struct qcow2_io *io,
+                           const struct qcow2_bitmap_changes *changes,
+                           GError **error);
 
 /* Set the flags of a bitmap.  Not flushed: what has to be safe before must
  * be flushed before, and what the flags allow must wait for a flush.

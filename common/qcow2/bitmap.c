@@ -199,7 +199,8 @@ qcow2_bitmaps_load (const struct qcow2_header *header,
                     const struct qcow2_bitmaps *bitmaps,
                     const struct qcow2_io *io, GError **error)
 {
-  g_autoptr (GPtrArray) array = g_ptr_array_new_with_free_func (qcow2_bitmap_free);
+  g_autoptr (GPtrArray) array =
+    g_ptr_array_new_with_free_func (qcow2_bitmap_free);
   g_autofree uint8_t *directory = NULL;
   size_t done = 0;
 
