@@ -595,6 +595,25 @@ dirty_bits_merge (struct dirty_bits *target, struct dirty_bits *source)
   }
 }
 
+bool
+dirty_bits_includes (struct dirty_bits *all, struct dirty_bits *part)
+{
+  uint64_t begin = 0, end, offset, length;
+
+  while ((begin = find (part, begin, true)) < part->length) {
+    end = find (part, begin, false);
+    if (end == begin)           /* cleared meanwhile */
+      end++;
+    offset = begin << part->granularity_bits;
+    if (!dirty_bits_get (all, offset, &length) ||
+        length < MIN ((end - begin) << part->granularity_bits,
+                      part->size - offset))
+      return false;
+    begin = end;
+  }
+  return true;
+}
+
 /* Let the tree have more levels, or fewer of which it does not need the
  * others.
  */

@@ -81,6 +81,10 @@ extern uint64_t dirty_bits_count (struct dirty_bits *bits);
 extern void dirty_bits_merge (struct dirty_bits *target,
                               struct dirty_bits *source);
 
+/* Is all that part has, of the same disk at any granularity, in all? */
+extern bool dirty_bits_includes (struct dirty_bits *all,
+                                 struct dirty_bits *part);
+
 /* Exclusive.  What the disk has gained is dirty or clean. */
 extern void dirty_bits_resize (struct dirty_bits *bits, uint64_t size,
                                bool dirty);

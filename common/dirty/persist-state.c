@@ -149,18 +149,6 @@ want_flags (const struct plan *plan, const struct dirty_bitmap *bitmap,
     QCOW2_BITMAP_AUTO | QCOW2_BITMAP_IN_USE : QCOW2_BITMAP_AUTO;
 }
 
-static bool
-includes (struct dirty_bits *all, struct dirty_bits *part)
-{
-  struct dirty_bits *both = dirty_bits_copy (all);
-  bool includes;
-
-  dirty_bits_merge (both, part);
-  includes = dirty_bits_count (both) == dirty_bits_count (all);
-  dirty_bits_free (both);
-  return includes;
-}
-
 /* Has the container, of which nothing is known, another content?  If it is
  * marked as in use there it may have more, but not less: it is not known
  * what the intent has.
@@ -179,9 +167,9 @@ compare (const struct plan *plan, struct dirty_bitmap *bitmap,
   bitmap->stored = persist_get_bits (plan->p, stored, error);
   if (!bitmap->stored)
     return -1;
-  *other = !includes (bitmap->stored, bitmap->bits) ||
+  *other = !dirty_bits_includes (bitmap->stored, bitmap->bits) ||
     (!((stored->flags | flags) & QCOW2_BITMAP_IN_USE) &&
-     !includes (bitmap->bits, bitmap->stored));
+     !dirty_bits_includes (bitmap->bits, bitmap->stored));
   return 0;
 }
 

@@ -203,6 +203,18 @@ test_model (void)
   }
 }
 
+/* A set includes another if merging changes nothing. */
+static void
+check_includes (struct dirty_bits *all, struct dirty_bits *part)
+{
+  struct dirty_bits *both = dirty_bits_copy (all);
+
+  dirty_bits_merge (both, part);
+  g_assert_cmpint (dirty_bits_includes (all, part), ==,
+                   dirty_bits_count (both) == dirty_bits_count (all));
+  dirty_bits_free (both);
+}
+
 /* Merges between all pairs of a few granularities, and copies. */
 static void
 test_merge (void)
@@ -229,11 +241,24 @@ test_merge (void)
     for (uint64_t at = 0; at < size; at += length)
       if (dirty_bits_get (from, at, &length))
         model_set (&m, at, length);
+    check_includes (to, from);
     dirty_bits_merge (to, from);
     dirty_bits_merge (to, to);
     check_equal (to, &m);
+    g_assert_true (dirty_bits_includes (to, from));
     copy = dirty_bits_copy (to);
+    for (unsigned j = 0; j < 20; ++j) {
+      uint64_t offset, count;
+
+      random_range (size, 512, &offset, &count);
+      dirty_bits_clear (to, offset, count);
+      check_includes (to, from);
+      check_includes (copy, to);
+      check_includes (to, copy);
+    }
     dirty_bits_clear (to, 0, size);
+    check_includes (to, from);
+    check_includes (from, to);
     check_equal (copy, &m);
     g_assert_cmpuint (dirty_bits_count (to), ==, 0);
     dirty_bits_free (from);

@@ -290,23 +290,11 @@ model_settle (struct model *m, unsigned disk)
   g_hash_table_remove_all (m->optional);
 }
 
-bool
-model_includes (struct dirty_bits *all, struct dirty_bits *part)
-{
-  struct dirty_bits *both = dirty_bits_copy (all);
-  bool includes;
-
-  dirty_bits_merge (both, part);
-  includes = dirty_bits_count (both) == dirty_bits_count (all);
-  dirty_bits_free (both);
-  return includes;
-}
-
 static bool
 is_equal (struct dirty_bits *a, struct dirty_bits *b)
 {
   return dirty_bits_count (a) == dirty_bits_count (b) &&
-    model_includes (a, b);
+    dirty_bits_includes (a, b);
 }
 
 void
@@ -376,7 +364,7 @@ match_bitmap (const struct judgement *j, const struct model_bitmap *bitmap,
   else if (dirty_bits_granularity_bits (found->bits) !=
            dirty_bits_granularity_bits (bitmap->exact))
     wrong = "has another granularity";
-  else if (!model_includes (found->bits, bitmap->needed))
+  else if (!dirty_bits_includes (found->bits, bitmap->needed))
     wrong = "lacks writes";
   else if ((j->moment->clean[j->disk] ||
             (!bitmap->recording && !bitmap->needs_more)) &&

@@ -106,7 +106,4 @@ extern void model_judge (const struct model *model,
                          const struct model_moment *moment,
                          struct dirty_node *const *nodes);
 
-/* Of sets of the same granularity. */
-extern bool model_includes (struct dirty_bits *all, struct dirty_bits *part);
-
 #endif /* MODEL_H */
