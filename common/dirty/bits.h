@@ -32,6 +32,17 @@
 #define DIRTY_MIN_GRANULARITY_BITS 9
 #define DIRTY_MAX_GRANULARITY_BITS 31
 
+/* A size in bytes as a power of two; -1 if it cannot be a granularity. */
+static inline int
+dirty_granularity_bits (uint64_t size)
+{
+  if (size < UINT64_C (1) << DIRTY_MIN_GRANULARITY_BITS ||
+      size > UINT64_C (1) << DIRTY_MAX_GRANULARITY_BITS ||
+      (size & (size - 1)) != 0)
+    return -1;
+  return __builtin_ctzll (size);
+}
+
 /* Pieces in which sets are exported, in bits. */
 #define DIRTY_EXPORT_BITS 4096
 

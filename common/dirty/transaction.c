@@ -283,18 +283,21 @@ check_node (const struct dirty_node *node, GError **error)
   return check_active (node, error);
 }
 
+/* As a power of two; 0 stands for the node's own.  -1 with error set. */
 static int
-check_granularity (uint64_t granularity, GError **error)
+choose_granularity (const struct dirty_node *node, uint64_t granularity,
+                    GError **error)
 {
-  const uint64_t least = UINT64_C (1) << DIRTY_MIN_GRANULARITY_BITS;
-  const uint64_t most = UINT64_C (1) << DIRTY_MAX_GRANULARITY_BITS;
+  const int bits = granularity ? dirty_granularity_bits (granularity) :
+    (int) dirty_node_granularity_bits (node);
 
-  if (granularity < least || granularity > most ||
-      (granularity & (granularity - 1)) != 0)
+  if (bits == -1)
     return dirty_fail (error, EINVAL, "Granularity must be a power of 2, at "
                        "least %" PRIu64 " and at most %" PRIu64 ", not %"
-                       PRIu64, least, most, granularity);
-  return 0;
+                       PRIu64, UINT64_C (1) << DIRTY_MIN_GRANULARITY_BITS,
+                       UINT64_C (1) << DIRTY_MAX_GRANULARITY_BITS,
+                       granularity);
+  return bits;
 }
 
 /* Actions. */
@@ -312,17 +315,16 @@ dirty_bitmap_add (struct dirty_transaction *t, struct dirty_node *node,
                   bool recording, GError **error)
 {
   struct dirty_bitmap *bitmap;
-  unsigned bits;
+  int bits;
 
   if (check_node (node, error) == -1 ||
       check_new_name (node, name, error) == -1)
     return -1;
-  if (granularity && check_granularity (granularity, error) == -1)
+  bits = choose_granularity (node, granularity, error);
+  if (bits == -1)
     return -1;
   if (persistent && check_persist (node, name, error) == -1)
     return -1;
-  bits = granularity ? (unsigned) __builtin_ctzll (granularity) :
-    dirty_node_granularity_bits (node);
   bitmap = g_new0 (struct dirty_bitmap, 1);
   bitmap->node = node;
   bitmap->name = g_strdup (name);

@@ -65,17 +65,17 @@ static int
 parse_granularity (const char *value)
 {
   const int64_t size = nbdkit_parse_size (value);
+  int bits;
 
   if (size == -1)
     return -1;
-  if (size < INT64_C (1) << DIRTY_MIN_GRANULARITY_BITS ||
-      size > INT64_C (1) << DIRTY_MAX_GRANULARITY_BITS ||
-      (size & (size - 1)) != 0) {
+  bits = dirty_granularity_bits (size);
+  if (bits == -1) {
     nbdkit_error ("dirty-granularity: \"%s\" is not a power of two between "
                   "512 and 2G", value);
     return -1;
   }
-  config.granularity_bits = __builtin_ctzll (size);
+  config.granularity_bits = bits;
   return 0;
 }
 

@@ -62,9 +62,7 @@ parse_granularity (const char *value, uint64_t *result)
 
   if (size == -1)
     return -1;
-  if (size < INT64_C (1) << DIRTY_MIN_GRANULARITY_BITS ||
-      size > INT64_C (1) << DIRTY_MAX_GRANULARITY_BITS ||
-      (size & (size - 1)) != 0) {
+  if (dirty_granularity_bits (size) == -1) {
     nbdkit_error ("dirty-bitmap: granularity: \"%s\" is not a power of two "
                   "between 512 and 2G", value);
     return -1;
