@@ -45,7 +45,6 @@ struct dirty_persist {
   bool diverged;                /* the container may differ from the node */
   bool flushed;                 /* what was read is stable */
   bool warned;                  /* of what cannot be helped */
-  bool may_resize;              /* the image may have another size now */
   struct dirty_bits *intent_stored; /* its content there; NULL: not known */
 };
 

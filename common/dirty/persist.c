@@ -133,7 +133,8 @@ check_size (const struct dirty_persist *p, GError **error)
 
   if (size / 512 == wanted / 512 + (wanted % 512 != 0))
     return 0;
-  if (p->may_resize) {
+  /* It is being taken back, and another program may have resized it. */
+  if (!p->active && p->container->is_image) {
     dirty_node_resize (p->node, size & ~UINT64_C (511));
     return 0;
   }
@@ -577,19 +578,11 @@ deactivate (struct dirty_persist *p, GError **error)
   return 0;
 }
 
-/* If the disk was not yet opened there is nothing to be loaded yet.  The
- * other program may have resized the image.
- */
+/* If the disk was not yet opened there is nothing to be loaded yet. */
 static int
 activate (struct dirty_persist *p, GError **error)
 {
-  int r = 0;
-
-  p->may_resize = p->container->is_image;
-  if (p->node->sized)
-    r = load (p, error);
-  p->may_resize = false;
-  if (r == -1)
+  if (p->node->sized && load (p, error) == -1)
     return -1;
   if (p->container->take_back)
     p->container->take_back (p->container);

@@ -39,8 +39,8 @@ extern void sidecar_free (struct dirty_container *container);
  */
 extern int sync_start (struct dirty_persist *persist, unsigned seconds);
 
-/* To be called by writers, outside of the gate, for containers that are for
- * requests only: store if it is time.
+/* To be called by writers when they have left our gate, but perhaps not the
+ * outer ones, for containers that are for requests only: store if it is time.
  */
 extern void sync_sometimes (struct dirty_persist *persist);
 

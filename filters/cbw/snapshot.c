@@ -330,14 +330,13 @@ snapshot_stop (struct snapshot *s, const char *reason)
 
 static void
 end (struct snapshot *s, int error, bool hangs, const char *reason,
-     bool deleted, target_done done, gpointer opaque)
+     target_done done, gpointer opaque)
 {
   struct target *target;
 
   g_mutex_lock (&s->lock);
   target = s->target;
   s->target = NULL;
-  s->deleted |= deleted;
   stop (s, error, reason);
   g_mutex_unlock (&s->lock);
   copies_wake_for_memory ();
@@ -360,14 +359,14 @@ snapshot_break (struct snapshot *s, int error, bool hangs,
   if (!atomic_load (&s->ended))
     nbdkit_error ("snapshot %s of node %s is broken: %s", s->name,
                   s->node->name, reason);
-  end (s, error, hangs, reason, false, NULL, NULL);
+  end (s, error, hangs, reason, NULL, NULL);
 }
 
 void
 snapshot_delete (struct snapshot *s, const char *reason, target_done done,
                  gpointer opaque)
 {
-  end (s, ESHUTDOWN, false, reason, true, done, opaque);
+  end (s, ESHUTDOWN, false, reason, done, opaque);
 }
 
 /* With the lock held: take away a cluster; was it in the target? */

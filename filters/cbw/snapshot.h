@@ -83,7 +83,6 @@ struct snapshot {
 
   GMutex lock;                  /* for the rest; never held over I/O */
   char *reason;                 /* for the user */
-  bool deleted;
   struct target *target;        /* NULL once it has ended */
   GQueue copies;                /* of struct copy, those that go on */
   uint64_t copied, accessible;  /* bytes */
