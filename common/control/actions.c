@@ -136,10 +136,7 @@ run_prepared (const struct request *requests, size_t n, GError **error)
   t = dirty_transaction_begin (nodes);
   for (size_t i = 0; i < n && r == 0; ++i)
     r = act (t, &requests[i], error);
-  if (r == 0)
-    r = dirty_transaction_commit (t, error);
-  else
-    dirty_transaction_abort (t);
+  r = dirty_transaction_end (t, r, error);
   dirty_unlock ();
   dirty_changes_unlock ();
   return r;

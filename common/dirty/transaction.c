@@ -153,6 +153,15 @@ dirty_transaction_abort (struct dirty_transaction *t)
   end (t);
 }
 
+int
+dirty_transaction_end (struct dirty_transaction *t, int r, GError **error)
+{
+  if (r == 0)
+    return dirty_transaction_commit (t, error);
+  dirty_transaction_abort (t);
+  return r;
+}
+
 void
 dirty_transaction_push (struct dirty_transaction *t,
                         void (*commit) (gpointer opaque),

@@ -51,6 +51,12 @@ extern int dirty_transaction_commit (struct dirty_transaction *t,
                                      GError **error);
 extern void dirty_transaction_abort (struct dirty_transaction *t);
 
+/* End it with the changes if r, which the actions returned, is 0, else
+ * without.  Returns what has come of it.
+ */
+extern int dirty_transaction_end (struct dirty_transaction *t, int r,
+                                  GError **error);
+
 /* What another action wants to be done at the end; either may be NULL. */
 extern void dirty_transaction_push (struct dirty_transaction *t,
                                     void (*commit) (gpointer opaque),

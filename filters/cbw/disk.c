@@ -217,10 +217,7 @@ start (struct disk *disk, const snapshot_list *list, GError **error)
   t = dirty_transaction_begin (nodes);
   for (guint i = 0; i < list->len && r == 0; ++i)
     r = disk_add (t, disk, g_ptr_array_index (list, i), error);
-  if (r == 0)
-    r = dirty_transaction_commit (t, error);
-  else
-    dirty_transaction_abort (t);
+  r = dirty_transaction_end (t, r, error);
   dirty_unlock ();
   dirty_changes_unlock ();
   return r;

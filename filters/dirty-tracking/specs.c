@@ -236,11 +236,7 @@ specs_apply (struct dirty_node *node)
                   "record", node->name);
   else if (g_hash_table_add (applied, node)) {
     t = dirty_transaction_begin (nodes);
-    r = apply (t, node, &error);
-    if (r == 0)
-      r = dirty_transaction_commit (t, &error);
-    else
-      dirty_transaction_abort (t);
+    r = dirty_transaction_end (t, apply (t, node, &error), &error);
     if (r == -1)
       g_hash_table_remove (applied, node);
   }
