@@ -26,6 +26,7 @@
 #include "utils/suite.h"
 
 #include "bitmap-persist.h"
+#include "../local-file.h"
 
 #define DEFAULT_SYNC 30         /* seconds */
 
@@ -34,9 +35,7 @@ static struct {
   unsigned sync;
   bool intent;
   unsigned granularity_bits;    /* of the intent; 0: by the disk's size */
-  char *file;                   /* what may be the disk */
-  unsigned files;               /* how often file= was given */
-  bool moved;                   /* only a part of it is served */
+  struct local_file file;       /* which may be the disk */
 } config = { .sync = DEFAULT_SYNC, .intent = true };
 
 /* Times that the filter stands in the chain. */
@@ -77,7 +76,7 @@ bitmap_persist_unload (void)
     return;
   g_clear_pointer (&sidecar, sidecar_free);
   g_clear_pointer (&config.sidecar, free);
-  g_clear_pointer (&config.file, free);
+  local_file_clear (&config.file);
 }
 
 /* Parameters. */
@@ -128,23 +127,6 @@ parse_granularity (const char *value)
   return 0;
 }
 
-/* Parameters of others that tell us something about the disk. */
-static int
-note_other_key (const char *key, const char *value)
-{
-  static const char *const moving[] = {
-    "offset", "range", "partition", "tar-entry", "ext2file", NULL
-  };
-
-  config.moved |= g_strv_contains (moving, key);
-  if (strcmp (key, "file") != 0)
-    return 0;
-  free (config.file);
-  config.file = nbdkit_absolute_path (value);
-  config.files++;
-  return config.file ? 0 : -1;
-}
-
 static int
 bitmap_persist_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
                        const char *key, const char *value)
@@ -167,7 +149,7 @@ bitmap_persist_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
     return report (error);
   if (r == 1)
     return 0;
-  if (note_other_key (key, value) == -1)
+  if (local_file_note (&config.file, key, value) == -1)
     return -1;
   return next (nxdata, key, value);
 }
@@ -212,8 +194,8 @@ bitmap_persist_config_complete (nbdkit_next_config_complete *next,
 static const char *
 disk_file (void)
 {
-  return config.files == 1 && !config.moved &&
-    !qf_suite_is_loaded (QF_QCOW2) ? config.file : NULL;
+  return qf_suite_is_loaded (QF_QCOW2) ? NULL :
+    local_file_whole (&config.file);
 }
 
 /* NULL with error set. */

@@ -21,7 +21,8 @@ announce_image (const char *base, const struct qcow2_header *header,
 {
   struct dirty_image *image = g_new0 (struct dirty_image, 1);
 
-  image->filename = g_utf8_make_valid (config.file ? config.file : "", -1);
+  image->filename = g_utf8_make_valid (config.file.path ? config.file.path : "",
+                                       -1);
   image->virtual_size = header->size - header->size % 512;
   image->actual_size = source_size (container);
   image->cluster_size = UINT32_C (1) << header->cluster_bits;

@@ -197,17 +197,19 @@ lock_local_file (enum qcow2_lock lock, GError **error)
 {
   if (qcow2_lock_file (written.file.fd, lock, error) == 0)
     return 0;
-  g_prefix_error (error, "%s: ", config.file);
+  g_prefix_error (error, "%s: ", written.file.name);
   return -1;
 }
 
 static int
 open_local_file (bool writable, GError **error)
 {
-  if (!config.file || config.files != 1 || config.moved ||
-      (qcow2_file_open (&written.file, config.file,
-                        writable ? O_RDWR : O_RDONLY, NULL) == -1 &&
-       qcow2_file_open (&written.file, config.file, O_RDONLY, NULL) == -1))
+  const char *path = local_file_whole (&config.file);
+
+  if (!path ||
+      (qcow2_file_open (&written.file, path, writable ? O_RDWR : O_RDONLY,
+                        NULL) == -1 &&
+       qcow2_file_open (&written.file, path, O_RDONLY, NULL) == -1))
     return 0;
   if (!is_below (&written.file)) {
     qcow2_file_close (&written.file);
@@ -274,7 +276,7 @@ check_bitmaps (const struct qcow2_io *io, GError **error)
     return 0;
   image = dirty_persist_probe (io, error);
   if (!image) {
-    g_prefix_error (error, "%s: ", config.file);
+    g_prefix_error (error, "%s: ", written.file.name);
     return -1;
   }
   qcow2_image_close (image);
@@ -285,10 +287,10 @@ check_bitmaps (const struct qcow2_io *io, GError **error)
 static int
 check_local_file (bool writable, GError **error)
 {
+  const char *path = local_file_whole (&config.file);
   int r;
 
-  if (!config.file || config.files != 1 || config.moved ||
-      qcow2_file_open (&written.file, config.file, O_RDONLY, NULL) == -1)
+  if (!path || qcow2_file_open (&written.file, path, O_RDONLY, NULL) == -1)
     return 0;
   r = check_bitmaps (&written.file.io, error);
   if (r == 0)
@@ -313,7 +315,8 @@ void
 container_offer (void)
 {
   written.file.fd = -1;
-  written.container.name = config.file ? config.file : "the image";
+  written.container.name =
+    config.file.path ? config.file.path : "the image";
   written.container.is_image = true;
   written.container.requests_only =
     config.thread_model < NBDKIT_THREAD_MODEL_SERIALIZE_REQUESTS;

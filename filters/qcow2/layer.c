@@ -177,9 +177,9 @@ layer_allocated (struct source *source)
   struct source *file;
   int64_t result = -1;
 
-  if (!config.file || config.files != 1)
+  if (!config.file.path || config.file.times != 1)
     return -1;
-  file = file_open (config.file, NULL);
+  file = file_open (config.file.path, NULL);
   if (!file)
     return -1;
   if (source_size (file) == source_size (source) &&
@@ -204,7 +204,8 @@ layer_init (struct layer *layer, nbdkit_next *next, const char *base)
     return -1;
 
   layer->source.name = (char *)
-    (dirty_nodes_each () ? base : config.file ? config.file : "the image");
+    (dirty_nodes_each () ? base : config.file.path ? config.file.path :
+     "the image");
   layer->source.io.pread = layer_pread;
   layer->source.io.get_size = layer_get_size;
   layer->source.extents = can_extents ? layer_extents : NULL;

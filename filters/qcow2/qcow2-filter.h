@@ -32,6 +32,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "../local-file.h"
 #include "chain.h"
 #include "reference.h"
 #include "source.h"
@@ -44,10 +45,7 @@ struct config {
   char *backing_format;         /* if neither the image nor backing tells */
   GPtrArray *passphrases;       /* wiped when freed */
   bool check;                   /* before a disk is first served */
-  char *file;                   /* a local file which may be the container */
-  unsigned files;               /* how often file= was given */
-  bool other_keys;              /* the layers below have other parameters */
-  bool moved;                   /* one of them selects a part of the file */
+  struct local_file file;       /* which may be the container */
   int thread_model;
 };
 extern struct config config;

@@ -67,7 +67,7 @@ qcow2_unload (void)
   if (--loaded > 0)
     return;
   g_clear_pointer (&config.snapshot, g_free);
-  g_clear_pointer (&config.file, free);
+  local_file_clear (&config.file);
   g_clear_pointer (&config.backing_format, g_free);
   g_clear_pointer (&config.passphrases, g_ptr_array_unref);
   policy_clear (&config.backing);
@@ -144,25 +144,6 @@ parse_snapshot (const char *value)
   return 0;
 }
 
-/* Parameters of the layers below that tell us something about them. */
-static int
-note_other_key (const char *key, const char *value)
-{
-  static const char *const moving[] = {
-    "offset", "range", "partition", "tar-entry", "ext2file", NULL
-  };
-
-  if (strcmp (key, "file") == 0) {
-    free (config.file);
-    config.file = nbdkit_absolute_path (value);
-    config.files++;
-    return config.file ? 0 : -1;
-  }
-  config.other_keys = true;
-  config.moved |= g_strv_contains (moving, key);
-  return 0;
-}
-
 static int
 qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
               const char *key, const char *value)
@@ -192,7 +173,7 @@ qcow2_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   if (r == 1)
     return 0;
 
-  if (note_other_key (key, value) == -1)
+  if (local_file_note (&config.file, key, value) == -1)
     return -1;
   return next (nxdata, key, value);
 }

@@ -60,7 +60,7 @@ should_check (const struct source *file)
   if (n && file->io.pread (&file->io, head, n, 0, NULL) == -1)
     return false;               /* the plugin will meet that too */
   return qcow2_header_probe (head, n) ||
-    (!config.other_keys && !is_wrapped (head));
+    (!config.file.other_keys && !is_wrapped (head));
 }
 
 static int
@@ -75,7 +75,7 @@ check_snapshot (const struct qcow2_image *image, GError **error)
   if (!sn)
     return qcow2_fail (error, ENOENT, "%s: qcow2-snapshot: the image has no "
                        "snapshot with the name or ID \"%s\"",
-                       config.file, config.snapshot);
+                       config.file.path, config.snapshot);
   return qcow2_image_snapshot_view (image, sn, &view, error);
 }
 
@@ -92,13 +92,14 @@ check_image (struct source *file, GError **error)
 int
 start_check (void)
 {
+  const char *path = local_file_whole (&config.file);
   g_autoptr (GError) error = NULL;
   struct source *file;
   int r = 0;
 
-  if (!config.file || config.files != 1 || config.moved)
+  if (!path)
     return 0;
-  file = file_open (config.file, NULL);
+  file = file_open (path, NULL);
   if (!file)
     return 0;                   /* the plugin says what is wrong */
   if (should_check (file))
