@@ -35,6 +35,8 @@
 
 #include <libnbd.h>
 
+#include "../nbd-events.h"
+
 /* How long a server may take until it can be used, in seconds, and to free
  * the space of what is no longer wanted.
  */
@@ -75,6 +77,7 @@ static GHashTable *uris;
 struct request {
   struct request *previous, *next; /* in a list of the target's */
   struct nbd *nbd;
+  int64_t cookie;               /* libnbd's name of it */
   int error;
   target_done done;
   gpointer opaque;
@@ -103,16 +106,6 @@ list_remove (struct request **list, struct request *rq)
     rq->next->previous = rq->previous;
 }
 
-static void
-wake (struct nbd *nbd)
-{
-  const uint64_t one = 1;
-
-  /* Fails only if the counter is full, and then it wakes as well. */
-  if (write (nbd->wakeup, &one, sizeof one) == -1)
-    return;
-}
-
 /* libnbd's callback. */
 static int
 completed (void *opaque, int *err)
@@ -125,24 +118,39 @@ completed (void *opaque, int *err)
   list_remove (&nbd->pending, rq);
   list_add (&nbd->complete, rq);
   g_mutex_unlock (&nbd->list_lock);
-  return 1;                     /* retire the command */
+  return 0;                     /* see nbd-events.h */
 }
 
 /* The thread. */
 
-static void
-run_complete (struct nbd *nbd)
+/* Take what is complete.  Whoever issued a request holds the lock of the
+ * handle until its cookie is known.
+ */
+static struct request *
+take_complete (struct nbd *nbd)
 {
-  struct request *list, *next;
+  struct request *list;
 
+  g_mutex_lock (&nbd->handle_lock);
   g_mutex_lock (&nbd->list_lock);
   list = nbd->complete;
   nbd->complete = NULL;
   g_mutex_unlock (&nbd->list_lock);
-  for (; list; list = next) {
-    next = list->next;
-    list->done (list->opaque, list->error);
-    g_free (list);
+  for (const struct request *rq = list; rq && nbd->h; rq = rq->next)
+    nbd_aio_command_completed (nbd->h, rq->cookie);
+  g_mutex_unlock (&nbd->handle_lock);
+  return list;
+}
+
+static void
+run_complete (struct nbd *nbd)
+{
+  struct request *next;
+
+  for (struct request *rq = take_complete (nbd); rq; rq = next) {
+    next = rq->next;
+    rq->done (rq->opaque, rq->error);
+    g_free (rq);
   }
 }
 
@@ -204,34 +212,6 @@ destroy (struct nbd *nbd)
   g_free (nbd);
 }
 
-static void
-wait_for_events (struct nbd *nbd)
-{
-  const unsigned dir = nbd_aio_get_direction (nbd->h);
-  const bool alive = !nbd_aio_is_dead (nbd->h) && !nbd_aio_is_closed (nbd->h);
-  struct pollfd fds[2] = {
-    { .fd = nbd->wakeup, .events = POLLIN },
-    { .fd = alive ? nbd_aio_get_fd (nbd->h) : -1 },
-  };
-  uint64_t n;
-
-  if (dir & LIBNBD_AIO_DIRECTION_READ)
-    fds[1].events |= POLLIN;
-  if (dir & LIBNBD_AIO_DIRECTION_WRITE)
-    fds[1].events |= POLLOUT;
-  if (poll (fds, 2, -1) == -1)
-    return;
-  if (fds[0].revents && read (nbd->wakeup, &n, sizeof n) == -1)
-    return;
-  /* An error here completes all requests with an error. */
-  if ((dir & LIBNBD_AIO_DIRECTION_READ) &&
-      (fds[1].revents & (POLLIN | POLLHUP | POLLERR)))
-    nbd_aio_notify_read (nbd->h);
-  else if ((dir & LIBNBD_AIO_DIRECTION_WRITE) &&
-           (fds[1].revents & (POLLOUT | POLLHUP | POLLERR)))
-    nbd_aio_notify_write (nbd->h);
-}
-
 static bool
 is_orphan (struct nbd *nbd)
 {
@@ -251,7 +231,7 @@ progress (gpointer opaque)
   uint64_t n;
 
   while (!atomic_load (&nbd->stop)) {
-    wait_for_events (nbd);
+    nbd_events_wait (nbd->h, nbd->wakeup);
     run_complete (nbd);
   }
   close_handle (nbd);
@@ -299,7 +279,7 @@ request (struct nbd *nbd, enum kind kind, void *buf, uint32_t count,
     g_mutex_lock (&nbd->list_lock);
     list_add (&nbd->pending, rq);
     g_mutex_unlock (&nbd->list_lock);
-    cookie = issue (nbd, rq, kind, buf, count, offset);
+    cookie = rq->cookie = issue (nbd, rq, kind, buf, count, offset);
     if (cookie == -1) {
       g_mutex_lock (&nbd->list_lock);
       list_remove (&nbd->pending, rq);
@@ -308,7 +288,7 @@ request (struct nbd *nbd, enum kind kind, void *buf, uint32_t count,
   }
   g_mutex_unlock (&nbd->handle_lock);
   if (cookie != -1)
-    wake (nbd);
+    nbd_events_wake (nbd->wakeup);
   else {
     done (opaque, EIO);
     g_free (rq);
@@ -496,7 +476,7 @@ target_nbd_cancel (struct target *target)
   struct nbd *nbd = (struct nbd *) target;
 
   atomic_store (&nbd->stop, true);
-  wake (nbd);
+  nbd_events_wake (nbd->wakeup);
 }
 
 /* The thread does it, and only then closes the descriptor. */
@@ -509,7 +489,7 @@ target_nbd_free (struct target *target)
   g_mutex_lock (&nbd->list_lock);
   atomic_store (&nbd->stop, true);
   nbd->orphan = true;
-  wake (nbd);
+  nbd_events_wake (nbd->wakeup);
   g_mutex_unlock (&nbd->list_lock);
 }
 

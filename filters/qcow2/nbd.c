@@ -27,7 +27,6 @@
 
 #include <errno.h>
 #include <inttypes.h>
-#include <poll.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <string.h>
@@ -35,6 +34,8 @@
 #include <unistd.h>
 
 #include <libnbd.h>
+
+#include "../nbd-events.h"
 
 #define CONTEXT LIBNBD_CONTEXT_BASE_ALLOCATION
 
@@ -77,55 +78,13 @@ fail_libnbd (GError **error, const char *uri)
 
 /* The thread. */
 
-static void
-wake (struct nbd *nbd)
-{
-  const uint64_t one = 1;
-
-  /* Fails only if the counter is full, and then it wakes as well. */
-  if (write (nbd->wakeup, &one, sizeof one) == -1)
-    return;
-}
-
-static void
-drain (struct nbd *nbd)
-{
-  uint64_t n;
-
-  if (read (nbd->wakeup, &n, sizeof n) == -1)
-    return;
-}
-
 static void *
 progress (void *opaque)
 {
   struct nbd *nbd = opaque;
 
-  while (!atomic_load (&nbd->stop)) {
-    const unsigned dir = nbd_aio_get_direction (nbd->h);
-    const bool alive = !nbd_aio_is_dead (nbd->h) &&
-      !nbd_aio_is_closed (nbd->h);
-    struct pollfd fds[2] = {
-      { .fd = nbd->wakeup, .events = POLLIN },
-      { .fd = alive ? nbd_aio_get_fd (nbd->h) : -1 },
-    };
-
-    if (dir & LIBNBD_AIO_DIRECTION_READ)
-      fds[1].events |= POLLIN;
-    if (dir & LIBNBD_AIO_DIRECTION_WRITE)
-      fds[1].events |= POLLOUT;
-    if (poll (fds, 2, -1) == -1)
-      continue;
-    if (fds[0].revents)
-      drain (nbd);
-    /* An error here completes all requests with an error. */
-    if ((dir & LIBNBD_AIO_DIRECTION_READ) &&
-        (fds[1].revents & (POLLIN | POLLHUP | POLLERR)))
-      nbd_aio_notify_read (nbd->h);
-    else if ((dir & LIBNBD_AIO_DIRECTION_WRITE) &&
-             (fds[1].revents & (POLLOUT | POLLHUP | POLLERR)))
-      nbd_aio_notify_write (nbd->h);
-  }
+  while (!atomic_load (&nbd->stop))
+    nbd_events_wait (nbd->h, nbd->wakeup);
   return NULL;
 }
 
@@ -157,21 +116,22 @@ completed (void *opaque, int *err)
   rq->error = *err;
   g_cond_signal (&rq->cond);
   g_mutex_unlock (rq->lock);
-  return 1;                     /* retire the command */
+  return 0;                     /* see nbd-events.h */
 }
 
-/* Wait for a request that was issued with this cookie. */
+/* Wait for a request that was issued with this cookie, and retire it. */
 static int
 request_wait (struct nbd *nbd, struct request *rq, int64_t cookie,
               const char *what, uint64_t offset, GError **error)
 {
   if (cookie == -1)
     return fail_libnbd (error, nbd->source.name);
-  wake (nbd);
+  nbd_events_wake (nbd->wakeup);
   g_mutex_lock (rq->lock);
   while (!rq->done)
     g_cond_wait (&rq->cond, rq->lock);
   g_mutex_unlock (rq->lock);
+  nbd_aio_command_completed (nbd->h, cookie);
   if (rq->error)
     return qcow2_fail (error, rq->error, "%s: %s at offset %" PRIu64 ": %s",
                        nbd->source.name, what, offset,
@@ -300,7 +260,7 @@ nbd_free (struct nbd *nbd)
 {
   if (nbd->thread) {
     atomic_store (&nbd->stop, true);
-    wake (nbd);
+    nbd_events_wake (nbd->wakeup);
     g_thread_join (nbd->thread);
   }
   nbd_close (nbd->h);
