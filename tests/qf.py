@@ -33,8 +33,10 @@ KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 SRCDIR = os.path.dirname(os.path.abspath(__file__))
 
-# Sanitizers and valgrind make everything slower, not wrong: no limit in
-# the tests is meant as a measure of speed.
+# Sanitizers and valgrind make everything slower and larger, not wrong: no
+# limit in the tests is meant as a measure of speed.
+SLOW = (os.environ.get("SANITIZER", "none") != "none"
+        or os.environ.get("NBDKIT_VALGRIND") == "1")
 START_TIMEOUT = 120
 RUN_TIMEOUT = 300
 

@@ -12,12 +12,10 @@ import os
 import random
 
 import cbw
-import nbd
 import qf
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
-GENERATIONS = int(os.environ.get("QF_GENERATIONS", "4" if SLOW else "20"))
+GENERATIONS = int(os.environ.get("QF_GENERATIONS", "4" if qf.SLOW else "20"))
 SIZE = 16 * MiB
 WRITERS = 4
 

@@ -21,7 +21,6 @@ import qf
 import qmp
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
 SECONDS = float(os.environ.get("QF_STRESS_SECONDS", "4"))
 SEED = int(os.environ.get("QF_STRESS_SEED", "1"))
 WRITERS, READERS = 8, 4

@@ -21,8 +21,7 @@ import qcow2edit as edit
 import qf
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
-DAMAGED = int(os.environ.get("PERSIST_DAMAGED", "100" if SLOW else "400"))
+DAMAGED = int(os.environ.get("PERSIST_DAMAGED", "100" if qf.SLOW else "400"))
 
 EXTENSION = 0x23852875
 IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4
@@ -389,7 +388,7 @@ def test(tmp):
     sources = [make(tmp, *image) for image in IMAGES]
     # All cases with one of them, and many with the others.
     runs = {f"named {source}": lambda s=source: test_named(
-        s, path, 1 if s == sources[0] and not SLOW or DAMAGED > 1000 else 3)
+        s, path, 1 if s == sources[0] and not qf.SLOW or DAMAGED > 1000 else 3)
         for source in sources}
     runs.update({f"random {source}": lambda s=source: test_random(
         s, path, DAMAGED // len(sources)) for source in sources})

@@ -18,7 +18,6 @@ import struct
 import images
 import qcow2edit as edit
 import qf
-from qf import KiB, MiB
 
 DAMAGED = 300
 

@@ -14,9 +14,8 @@ import qf
 import qmp
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
-GENERATIONS = 3 if SLOW else 10
-ROTATIONS = 60 if SLOW else 1000
+GENERATIONS = 3 if qf.SLOW else 10
+ROTATIONS = 60 if qf.SLOW else 1000
 SIZE = 32 * MiB + 512
 
 

@@ -11,7 +11,6 @@ import os
 import random
 import threading
 
-import disks
 import nbd
 import qf
 import qmp
@@ -19,7 +18,6 @@ from qf import KiB, MiB, GiB, TiB
 
 HOLE, ZERO = 1, 2
 FLAGS = (0, nbd.CMD_FLAG_FUA)
-SLOW = os.environ.get("SANITIZER", "none") != "none"
 
 GRANULARITIES = (512, 4 * KiB, 64 * KiB, MiB, 16 * MiB)
 
@@ -165,7 +163,7 @@ def run_oracle(tmp, size, granularities, number, seed):
 
 
 def test_oracle(tmp):
-    number = 300 if SLOW else 3000
+    number = 300 if qf.SLOW else 3000
     for seed, size in enumerate((MiB + 5, 100 * MiB, GiB - 511, 64 * TiB,
                                  64 * TiB - 1, 513)):
         run_oracle(tmp, size, GRANULARITIES, number, seed)

@@ -28,10 +28,9 @@ import qmp
 from persist import our_runs
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
 KILLS = int(os.environ.get("PERSIST_KILLS", "10"))
 # Calls at which a server kills itself: each so many.
-CALLS = max(1, (20 if SLOW else 3) * 10 // KILLS)
+CALLS = max(1, (20 if qf.SLOW else 3) * 10 // KILLS)
 
 SIZE = 128 * MiB + 512
 WINDOW = 8 * MiB                # where the clients of one server write

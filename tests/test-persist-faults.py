@@ -24,9 +24,8 @@ from faults import Disk, Faults, no_corruption
 from persist import our_runs
 from qf import KiB, MiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
 # Each call, or each so many of them.
-STEP = int(os.environ.get("PERSIST_STEP", "5" if SLOW else "1"))
+STEP = int(os.environ.get("PERSIST_STEP", "5" if qf.SLOW else "1"))
 
 
 def open_files(server):

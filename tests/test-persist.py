@@ -20,10 +20,9 @@ import qmp
 from persist import our_runs, qemu_runs
 from qf import KiB, MiB, GiB, TiB
 
-SLOW = os.environ.get("SANITIZER", "none") != "none"
 ROUNDS = int(os.environ.get("PERSIST_ROUNDS", "2"))
-MANY = 60 if SLOW else 300
-STEPS = int(os.environ.get("PERSIST_STEPS", "40" if SLOW else "100"))
+MANY = 60 if qf.SLOW else 300
+STEPS = int(os.environ.get("PERSIST_STEPS", "40" if qf.SLOW else "100"))
 
 GRANULARITIES = [1 << bits for bits in range(9, 32)]
 
