@@ -100,7 +100,7 @@ PERSIST_CASES = [
 
 
 def snapshot_case(name, title, workload, targets,
-                  contenders=("ours", "qemu-sd")):
+                  contenders=("ours", "ours-few", "qemu-sd")):
     return Case(f"cbw-{name}", title, "scratch", workload, targets,
                 filter="cbw", writable=True, contenders=contenders)
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 
 import tools
 from bitmaps import Control
@@ -25,8 +26,8 @@ DEPTH = 16
 # must not get warm while it is measured.
 COLD_SHARE = 0.25
 
-# What the guest does while the view is read: less than what the slower one
-# can do, so that all have equal work.
+# What the guest wants to write while the view is read, each second.  Who
+# cannot do all of it has less to copy.
 GUEST_RATE = 8000
 
 MICROSECONDS = Unit("us", "{:,.0f} us", True)
@@ -58,10 +59,10 @@ def begin_qemu(control, target):
 
 @contextlib.contextmanager
 def snapshot(server):
-    """URIs of the guest's disk and of the view; where there is no QMP
-    there is no snapshot."""
+    """URIs of the guest's disk and of the view, and the file with the old
+    data; where there is no QMP there is no snapshot."""
     if not os.path.exists(server.qmp):
-        yield server.uri, None
+        yield server.uri, None, None
         return
     control = Control(server.qmp)
     ours = "nbdkit" in control("query-version")["package"]
@@ -71,7 +72,7 @@ def snapshot(server):
                                       + ["--size", server.uri])))
         begin = begin_ours if ours else begin_qemu
         guest, view = begin(control, target.name)
-        yield export_uri(server, guest), export_uri(server, view)
+        yield export_uri(server, guest), export_uri(server, view), target
         if ours:
             control("cbw-snapshot-delete", node="disk", name="s")
 
@@ -96,7 +97,7 @@ def disk_size(server):
 
 def cold(size, figure, server, _options):
     number = int(disk_size(server) // CLUSTER * COLD_SHARE)
-    with snapshot(server) as (guest, _):
+    with snapshot(server) as (guest, *_):
         return figure(fio(guest, "randwrite", size, f"--number_ios={number}",
                           f"--blockalign={CLUSTER}"))
 
@@ -111,7 +112,7 @@ def p99(write):
 
 def warm(server, options):
     """All clusters have been copied already."""
-    with snapshot(server) as (guest, _):
+    with snapshot(server) as (guest, *_):
         fio(guest, "write", "1M")
         return rate(fio(guest, "randwrite", "4k", "--time_based",
                         f"--runtime={options.seconds}"))
@@ -123,13 +124,22 @@ def idle(server, options):
                     f"--runtime={options.seconds}", "--ramp_time=0.5"))
 
 
+def wait_for_guest(writing, target):
+    """Until the first old data has been copied."""
+    while os.fstat(target.fileno()).st_blocks == 0:
+        if writing.poll() is not None:
+            raise RuntimeError("fio does not write")
+        time.sleep(0.001)
+
+
 def read(server, _options):
     """Seconds for the whole view, while the guest writes."""
-    with snapshot(server) as (guest, view):
+    with snapshot(server) as (guest, view, target):
         words = fio_words(guest, "randwrite", "4k", "--time_based",
                           "--runtime=1000", f"--rate_iops={GUEST_RATE}")
         with subprocess.Popen(words, stdout=subprocess.DEVNULL) as writing:
             try:
+                wait_for_guest(writing, target)
                 return timed(tools.program("NBDCOPY") + [view, "null:"])
             finally:
                 writing.terminate()
