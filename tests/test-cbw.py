@@ -9,6 +9,7 @@ What a disk should hold is known from what was written to it.
 
 import glob
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import cbw
 import qf
 import qmp
 import nbd
-from qf import KiB, MiB
+from qf import KiB, MiB, GiB
 
 CLUSTER = 64 * KiB
 SIZE = 4 * MiB
@@ -169,6 +170,84 @@ def test_map(tmp):
         info = cbw.query(control, "s")
         qf.equal("copied", info["bytes-copied"], 2 * MiB)
         close(guest, view)
+
+
+def test_map_is_kept(tmp):
+    """The layer below is asked once about each GiB, whoever wants to know,
+    and about what guests have changed meanwhile not at all."""
+    raw, log = os.path.join(tmp, "raw"), os.path.join(tmp, "log")
+    with open(raw, "wb") as file:
+        for at in (0, 2 * GiB - MiB):
+            file.seek(at)
+            file.write(b"d" * 2 * MiB)
+        file.truncate(3 * GiB + 5000)
+    expected = [[0, 2 * MiB, 0], [2 * MiB, 2 * GiB - MiB, HOLE | ZERO],
+                [2 * GiB - MiB, 2 * GiB + MiB, 0],
+                [2 * GiB + MiB, 3 * GiB + 5000, HOLE | ZERO]]
+
+    def part(start, end):
+        """What read_map says of a part."""
+        return [[max(a, start), min(b, end), kind] for a, b, kind in expected
+                if a < end and b > start]
+
+    with cbw.served(tmp, "--filter=log", "file", raw, "logfile=" + log) as \
+            (server, control):
+        cbw.create(control, "s")
+        guest = server.connect()
+        views = [server.connect("snapshot/s") for _ in range(6)]
+
+        def ask(view, rng):
+            start = rng.randrange(3 * GiB // 512) * 512
+            end = min(start + rng.choice((512, MiB, GiB)), 3 * GiB + 5000)
+            qf.equal("map", cbw.read_map(view, start, end), part(start, end))
+
+        load = cbw.Load(1)
+        for seed, view in enumerate(views):
+            load.start(ask, view, random.Random(seed))
+        for at in (0, MiB, 2 * GiB):
+            guest.pwrite(b"x" * MiB, at)
+        load.finish()
+        qf.equal("map", cbw.read_map(views[0]), expected)
+        with open(log) as file:
+            asked = re.findall(r" Extents .*?offset=(\S+)", file.read())
+        qf.equal("questions", sorted(int(at, 0) // GiB for at in asked),
+                 [0, 1, 2, 3])
+        close(guest, *views)
+
+
+# One extent in each answer, alternately data and hole.
+BRIEF = """
+echo "$4" >>"$QF_LOG"
+start=$(($4 / 65536 * 65536))
+if [ $(($4 / 65536 % 2)) = 0 ]; then echo $start 64K
+else echo $start 64K hole,zero; fi
+"""
+
+
+def test_brief_map(tmp):
+    """A layer that says less than it is asked for; also when it fails."""
+    log, trigger = os.path.join(tmp, "log"), os.path.join(tmp, "fails")
+    expected = [[at, at + CLUSTER, HOLE | ZERO if at // CLUSTER % 2 else 0]
+                for at in range(0, SIZE, CLUSTER)]
+    with cbw.served(tmp, "--filter=error", "eval", f"get_size=echo {SIZE}",
+                    "can_extents=exit 0", "can_multi_conn=exit 0",
+                    "pread=head -c $3 /dev/zero", "extents=" + BRIEF,
+                    "thread_model=echo parallel", "error-extents=EIO",
+                    "error-extents-rate=100%", "error-file=" + trigger,
+                    env={"QF_LOG": log}) as (server, control):
+        cbw.create(control, "s")
+        view = server.connect("snapshot/s")
+        with open(trigger, "w"):
+            pass
+        cbw.fails(cbw.read_map, view, errno="EIO")
+        os.unlink(trigger)
+        qf.equal("map", cbw.read_map(view), expected)
+        found = []
+        view.block_status(SIZE - 5 * CLUSTER, 5 * CLUSTER,
+                          lambda *args: found.append(args[2]),
+                          nbd.CMD_FLAG_REQ_ONE)
+        qf.equal("one", found, [[CLUSTER, HOLE | ZERO]])
+        close(view)
 
 
 def test_dirty_views(tmp):

@@ -45,7 +45,7 @@ struct handle {
   struct disk *disk;            /* NULL until prepared, or if it is none */
   bool node_is_open;
   struct below below;           /* once prepared */
-  GMutex lock;                  /* what below.lock points to, if need be */
+  GMutex lock, probe;           /* below has pointers to them */
   struct guest guest;           /* where disk_settle has to know it */
   bool is_guest;
 };
@@ -504,6 +504,7 @@ handle_free (struct handle *h)
 {
   snapshot_unref (h->s);
   g_mutex_clear (&h->lock);
+  g_mutex_clear (&h->probe);
   g_free (h->base);
   g_free (h->description);
   g_free (h);
@@ -581,6 +582,8 @@ cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
   struct handle *h = g_new0 (struct handle, 1);
 
   g_mutex_init (&h->lock);
+  g_mutex_init (&h->probe);
+  h->below.probe = &h->probe;
   h->server_is_read_only = readonly;
   /* A view does not write either, but only the whole server is read-only:
    * that is what the layers below shall conclude from it.
@@ -615,11 +618,10 @@ cbw_close (void *handle)
 static int
 prepare_below (struct below *below, nbdkit_next *next)
 {
-  const int can_extents = next->can_extents (next);
   const int can_multi_conn = next->can_multi_conn (next);
   uint32_t minimum, preferred, maximum;
 
-  if (can_extents == -1 || can_multi_conn == -1 ||
+  if (can_multi_conn == -1 ||
       next->block_size (next, &minimum, &preferred, &maximum) == -1)
     return -1;
   if (config.cluster_size && config.cluster_size < minimum) {
@@ -628,7 +630,6 @@ prepare_below (struct below *below, nbdkit_next *next)
     return -1;
   }
   below->next = next;
-  below->can_extents = can_extents;
   below->coherent = can_multi_conn;
   below->maximum = maximum ? MIN (maximum, MAX_CLUSTER_SIZE) :
     MAX_CLUSTER_SIZE;

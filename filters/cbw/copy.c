@@ -240,28 +240,6 @@ copies_wake (struct snapshot *s)
 
 /* Reading. */
 
-int
-below_read (const struct below *below, void *buf, uint64_t count,
-            uint64_t offset)
-{
-  uint8_t *p = buf;
-
-  while (count > 0) {
-    const uint32_t n = MIN (count, below->maximum);
-    int err = EIO, r;
-
-    below_lock (below);
-    r = below->next->pread (below->next, p, n, offset, 0, &err);
-    below_unlock (below);
-    if (r == -1)
-      return err ? err : EIO;
-    p += n;
-    offset += n;
-    count -= n;
-  }
-  return 0;
-}
-
 static bool
 is_zero (const uint8_t *buf, size_t count)
 {
@@ -333,7 +311,7 @@ read_old (struct copy *copy, struct save *save)
   uint64_t n;
   int error;
 
-  if (save->is_long && save->below->can_extents)
+  if (save->is_long && below_can_extents (save->below) == 1)
     mark_zeroes (copy, save);
   for (uint64_t i = 0; i < copy->n; i += n) {
     n = run_length (copy, i);

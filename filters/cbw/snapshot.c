@@ -55,6 +55,7 @@ snapshot_free (struct snapshot *s)
   if (s->target)
     target_drop (s->target);
   g_ptr_array_unref (s->frozen);
+  status_cache_clear (&s->status);
   g_mutex_clear (&s->lock);
   g_free ((gpointer) s->states);
   g_free (s->reason);
@@ -144,6 +145,7 @@ snapshot_new (struct dirty_node *node, uint64_t size,
   refs_init (&s->refs, 1);
   g_mutex_init (&s->lock);
   g_queue_init (&s->copies);
+  status_cache_init (&s->status, size);
   s->node = node;
   s->name = g_strdup (options->name);
   s->bitmap = g_strdup (options->bitmap);

@@ -10,6 +10,7 @@
  *    snapshot.c   states of clusters; the end of a snapshot
  *    copy.c       what a guest's write does before it changes anything
  *    view.c       what the snapshot's readers do
+ *    status.h     where the disk has data
  */
 
 #ifndef CBW_SNAPSHOT_H
@@ -21,11 +22,10 @@
 
 #include <glib.h>
 
-#define NBDKIT_API_VERSION 2
-#include <nbdkit-filter.h>
-
 #include "dirty/node.h"
 
+#include "below.h"
+#include "status.h"
 #include "target.h"
 
 #define MIN_CLUSTER_SIZE 4096
@@ -80,6 +80,7 @@ struct snapshot {
   atomic_int ended;
 
   atomic_bool settled;          /* see disk_settle */
+  struct status_cache status;
 
   GMutex lock;                  /* for the rest; never held over I/O */
   char *reason;                 /* for the user */
@@ -161,33 +162,6 @@ extern void snapshot_discard (struct snapshot *s, uint64_t offset,
                               uint64_t count);
 
 /* copy.c */
-
-/* The layer below, as a connection sees it. */
-struct below {
-  nbdkit_next *next;
-  bool can_extents;
-  uint32_t maximum;             /* bytes in a request */
-  bool coherent;                /* all connections see the same */
-  GMutex *lock;                 /* taken for requests, or NULL */
-};
-
-static inline void
-below_lock (const struct below *below)
-{
-  if (below->lock)
-    g_mutex_lock (below->lock);
-}
-
-static inline void
-below_unlock (const struct below *below)
-{
-  if (below->lock)
-    g_mutex_unlock (below->lock);
-}
-
-/* Read any number of bytes; returns 0 or an errno value. */
-extern int below_read (const struct below *below, void *buf, uint64_t count,
-                       uint64_t offset);
 
 /* A guest wants to change this range of the disk, whose present content is
  * read through below.  Returns 0 if that is saved, or nobody will want it,

@@ -175,13 +175,11 @@ struct answer {
   uint32_t flags;
   struct nbdkit_extents *extents;
 
-  /* What the layer below said, to be used as long as the clusters still are
-   * on the disk: a range that is asked for in one go, as some plugins need
-   * long for each answer, however short.
+  /* What the layer below says, to be used as long as the clusters still are
+   * on the disk; or NULL.
    */
-  struct nbdkit_extents *below;
-  size_t next;                  /* the first that may be of use */
-  uint64_t below_end;           /* offset */
+  struct status *status;
+  size_t next;                  /* the first extent that may be of use */
 };
 
 /* Has the client what it wants? */
@@ -203,33 +201,17 @@ add (struct answer *a, uint64_t count, uint32_t type, int *err)
   return r;
 }
 
-/* Ask for all that remains, or with NBDKIT_FLAG_REQ_ONE its beginning. */
 static int
 ask_below (struct answer *a, int *err)
 {
-  const struct below *below = a->r.below;
-  nbdkit_next *next = below->next;
-  size_t n;
-  int r;
+  const uint64_t offset = a->r.offset;
 
-  nbdkit_extents_free (a->below);
-  a->below = nbdkit_extents_new (a->r.offset, a->r.offset + a->r.count);
-  *err = ENOMEM;
-  if (!a->below)
+  status_unref (a->status);
+  a->status = status_ask (&a->r.s->status, a->r.below, offset,
+                          offset + a->r.count, a->flags, err);
+  if (!a->status)
     return -1;
-  *err = EIO;
-  below_lock (below);
-  r = next->extents (next, a->r.count, a->r.offset, a->flags, a->below, err);
-  below_unlock (below);
-  if (r == -1)
-    return -1;
-  n = nbdkit_extents_count (a->below);
-  *err = EIO;
-  if (n == 0)
-    return -1;
-  a->next = 0;
-  a->below_end = nbdkit_get_extent (a->below, n - 1).offset +
-    nbdkit_get_extent (a->below, n - 1).length;
+  a->next = status_find (a->status, offset);
   return 0;
 }
 
@@ -239,10 +221,11 @@ ask_below (struct answer *a, int *err)
 static int
 add_below (struct answer *a, const struct range *part, int *err)
 {
-  const uint64_t end = MIN (part->offset + part->count, a->below_end);
+  const uint64_t end = MIN (part->offset + part->count, a->status->end);
 
-  while (a->r.offset < end) {
-    const struct nbdkit_extent e = nbdkit_get_extent (a->below, a->next);
+  while (a->r.offset < end && !is_enough (a)) {
+    const struct nbdkit_extent e = nbdkit_get_extent (a->status->extents,
+                                                       a->next);
     const uint64_t stop = MIN (e.offset + e.length, end);
 
     if (stop > a->r.offset &&
@@ -263,9 +246,9 @@ add_part (struct answer *a, const struct range *limits, int *err)
   const enum state state = first_part (limits, &part);
   const bool as_data = a->bits && dirty_view_clean_is_zero ();
 
-  if (state == ON_DISK && a->r.below->can_extents && !as_data)
-    return part.offset < a->below_end ? add_below (a, &part, err) :
-      ask_below (a, err);
+  if (state == ON_DISK && !as_data)
+    return a->status && part.offset < a->status->end ?
+      add_below (a, &part, err) : ask_below (a, err);
   return add (a, part.count, state == INACCESSIBLE ? dirty_view_clean_type () :
               state == ZEROES && !as_data ? HOLE | ZERO : 0, err);
 }
@@ -303,7 +286,7 @@ snapshot_extents (struct snapshot *s, const struct below *below,
   };
   int r = answer (&a, err);
 
-  nbdkit_extents_free (a.below);
+  status_unref (a.status);
   if (r == 0 && atomic_load (&s->ended)) {
     *err = EIO;
     r = -1;
