@@ -831,7 +831,9 @@ def files_at_rest(server, path):
     """Open files without clients.  nbdkit says that it has started before
     the thread that serves QMP has opened its own."""
     with contextlib.closing(qmp.Client(path)):
-        return open_files(server) - 1
+        number = open_files(server) - 1
+    wait_for_files(server, number)
+    return number
 
 
 def wait_for_files(server, expected):
