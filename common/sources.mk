@@ -24,6 +24,7 @@ common_sources = \
 	dirty/view.c \
 	qcow2/allocator.c \
 	qcow2/bitmap.c \
+	qcow2/bitmap-content.c \
 	qcow2/bitmap-store.c \
 	qcow2/cache.c \
 	qcow2/check.c \
@@ -70,6 +71,7 @@ common_headers = \
 	dirty/view.h \
 	qcow2/allocator.h \
 	qcow2/bitmap.h \
+	qcow2/bitmap-internal.h \
 	qcow2/bitmap-store.h \
 	qcow2/cache.h \
 	qcow2/check.h \
