@@ -30,8 +30,6 @@
 
 #include "cbw.h"
 
-struct config config;
-
 /* Times that the filter stands in the chain. */
 static unsigned loaded;
 
@@ -65,9 +63,7 @@ cbw_load (void)
 {
   loaded++;
   qf_suite_load (QF_CBW);
-  if (!config.directory)
-    config.directory = g_get_current_dir ();
-  target_set_directory (config.directory);
+  config_load ();
 }
 
 static void
@@ -75,11 +71,7 @@ cbw_unload (void)
 {
   if (--loaded > 0)
     return;
-  g_clear_pointer (&config.snapshots, g_ptr_array_unref);
-  g_clear_pointer (&config.target, g_free);
-  g_clear_pointer (&config.bitmap, g_free);
-  g_clear_pointer (&config.directory, g_free);
-  target_allow_all ();
+  config_unload ();
   disks_forget_all ();
   dirty_nodes_forget_all ();
 }
@@ -87,127 +79,14 @@ cbw_unload (void)
 /* Parameters. */
 
 static int
-parse_snapshot (const char *value)
-{
-  g_autoptr (GError) error = NULL;
-
-  if (snapshot_check_name (value, &error) == -1) {
-    nbdkit_error ("cbw-snapshot: %s", error->message);
-    return -1;
-  }
-  if (!config.snapshots)
-    config.snapshots = g_ptr_array_new_with_free_func (g_free);
-  if (g_ptr_array_find_with_equal_func (config.snapshots, value, g_str_equal,
-                                        NULL)) {
-    nbdkit_error ("cbw-snapshot: \"%s\" was given twice", value);
-    return -1;
-  }
-  g_ptr_array_add (config.snapshots, g_strdup (value));
-  return 0;
-}
-
-/* A string that is given once. */
-static int
-parse_once (const char *key, const char *value, char **where)
-{
-  if (!*value) {
-    nbdkit_error ("%s: the value is missing", key);
-    return -1;
-  }
-  if (*where) {
-    nbdkit_error ("%s: the parameter was given twice", key);
-    return -1;
-  }
-  *where = g_strdup (value);
-  return 0;
-}
-
-static int
-parse_target (const char *value)
-{
-  if (parse_once ("cbw-target", value, &config.target) == -1)
-    return -1;
-  g_free (config.target);
-  config.target = target_complete_name (value);
-  return 0;
-}
-
-static int
-parse_on_error (const char *value)
-{
-  if (strcmp (value, "break-guest-write") != 0 &&
-      strcmp (value, "break-snapshot") != 0) {
-    nbdkit_error ("cbw-on-error: \"%s\" is not a known value; use "
-                  "cbw-on-error=break-guest-write or "
-                  "cbw-on-error=break-snapshot", value);
-    return -1;
-  }
-  config.break_snapshot = strcmp (value, "break-snapshot") == 0;
-  return 0;
-}
-
-static int
-parse_timeout (const char *value)
-{
-  uint32_t seconds;
-
-  if (nbdkit_parse_uint32_t ("cbw-timeout", value, &seconds) == -1)
-    return -1;
-  config.timeout = seconds;
-  return 0;
-}
-
-static int
-parse_cluster_size (const char *value)
-{
-  const int64_t size = nbdkit_parse_size (value);
-
-  if (size == -1)
-    return -1;
-  if (size < MIN_CLUSTER_SIZE || size > MAX_CLUSTER_SIZE ||
-      (size & (size - 1)) != 0) {
-    nbdkit_error ("cbw-cluster-size: \"%s\" is not a power of two between "
-                  "4K and 16M", value);
-    return -1;
-  }
-  config.cluster_size = size;
-  return 0;
-}
-
-static int
-parse_discard (const char *value)
-{
-  const int on = nbdkit_parse_bool (value);
-
-  if (on == -1)
-    return -1;
-  config.discard = on;
-  return 0;
-}
-
-static int
 cbw_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
             const char *key, const char *value)
 {
   g_autoptr (GError) error = NULL;
-  int r;
+  int r = config_parse (key, value);
 
-  if (strcmp (key, "file") == 0)
-    target_forbid_file (value);
-  if (strcmp (key, "cbw-snapshot") == 0)
-    return parse_snapshot (value);
-  if (strcmp (key, "cbw-target") == 0)
-    return parse_target (value);
-  if (strcmp (key, "cbw-bitmap") == 0)
-    return parse_once (key, value, &config.bitmap);
-  if (strcmp (key, "cbw-on-error") == 0)
-    return parse_on_error (value);
-  if (strcmp (key, "cbw-timeout") == 0)
-    return parse_timeout (value);
-  if (strcmp (key, "cbw-cluster-size") == 0)
-    return parse_cluster_size (value);
-  if (strcmp (key, "cbw-discard") == 0)
-    return parse_discard (value);
+  if (r != 0)
+    return r == 1 ? 0 : -1;
   r = control_config (key, value, &error);
   if (r == 0)
     r = dirty_nodes_config (key, value, &error);
@@ -217,54 +96,21 @@ cbw_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
 }
 
 #define cbw_config_help                                                 \
-  "cbw-snapshot=NAME           Make this snapshot at start; can be given\n" \
-  "                            more than once.\n"                       \
-  "cbw-target=PATH|URI         Where it keeps the old data (default: a\n" \
-  "                            temporary file in $TMPDIR).\n"           \
-  "cbw-bitmap=NAME             Limit it to what is dirty there.\n"      \
-  "cbw-on-error=break-guest-write|break-snapshot\n"                     \
-  "                            What happens if old data cannot be saved\n" \
-  "                            (default break-guest-write).\n"          \
-  "cbw-timeout=SECONDS         How long saving it may take (default: for\n" \
-  "                            ever).\n"                                \
-  "cbw-cluster-size=SIZE       What is copied at once (default 64K, or\n" \
-  "                            what the target prefers).\n"             \
-  "cbw-discard=on|off          Let readers discard (default off).\n"    \
+  CONFIG_HELP                                                           \
   "exports=one|each            Whether each export below is a disk of\n" \
   "                            its own (default: as the plugin's dir\n" \
   "                            parameter says).\n"                      \
   CONTROL_CONFIG_HELP
 
-/* Parameters that make no sense together. */
-static int
-check_parameters (void)
-{
-  if (loaded > 1)
-    nbdkit_error ("the cbw filter can be used only once in a chain");
-  else if (config.target && !config.snapshots)
-    nbdkit_error ("cbw-target: there is no cbw-snapshot for which it could "
-                  "be; for a snapshot that is made at run time, give it to "
-                  "cbw-snapshot-create");
-  else if (config.bitmap && !config.snapshots)
-    nbdkit_error ("cbw-bitmap: there is no cbw-snapshot for which it could "
-                  "be; for a snapshot that is made at run time, give it to "
-                  "cbw-snapshot-create");
-  else if (config.target && config.snapshots->len > 1)
-    nbdkit_error ("cbw-target: several snapshots cannot share a target; "
-                  "leave it out, or give cbw-snapshot once");
-  else if (config.target && dirty_nodes_each ())
-    nbdkit_error ("cbw-target: each export is a disk here, whose snapshots "
-                  "cannot share a target; leave it out");
-  else
-    return 0;
-  return -1;
-}
-
 static int
 cbw_config_complete (nbdkit_next_config_complete *next,
                      nbdkit_backend *nxdata)
 {
-  return check_parameters () == -1 ? -1 : next (nxdata);
+  if (loaded > 1) {
+    nbdkit_error ("the cbw filter can be used only once in a chain");
+    return -1;
+  }
+  return config_check () == -1 ? -1 : next (nxdata);
 }
 
 static int
@@ -380,100 +226,6 @@ cbw_cleanup (nbdkit_backend *backend)
 
 /* Exports. */
 
-static char *
-describe_view (const char *snapshot, const char *bitmap)
-{
-  g_autofree char *shown = qf_displayable (snapshot, 512);
-  g_autofree char *shown_bitmap = bitmap ? qf_displayable (bitmap, 512) : NULL;
-
-  return bitmap ?
-    g_strdup_printf ("what was dirty in bitmap %s in snapshot %s",
-                     shown_bitmap, shown) :
-    g_strdup_printf ("the disk at one point in time, snapshot %s", shown);
-}
-
-static int
-list_view (const char *base, const char *name, const char *bitmap,
-           struct nbdkit_exports *exports)
-{
-  g_autofree char *both = bitmap ? g_strdup_printf ("%s/dirty/%s", name,
-                                                    bitmap) : NULL;
-  g_autofree char *export = qf_export_name_join (base, "snapshot",
-                                                 both ? both : name);
-  g_autofree char *description = describe_view (name, bitmap);
-
-  if (!export || nbdkit_exports_count (exports) >= QF_MAX_EXPORTS)
-    return 0;
-  return nbdkit_add_export (exports, export, description);
-}
-
-static int
-list_snapshot (const char *base, const struct snapshot *s,
-               struct nbdkit_exports *exports)
-{
-  int r = list_view (base, s->name, NULL, exports);
-
-  for (guint i = 0; i < s->frozen->len && r == 0; ++i) {
-    const struct frozen *frozen = g_ptr_array_index (s->frozen, i);
-
-    r = list_view (base, s->name, frozen->name, exports);
-  }
-  return r;
-}
-
-/* Can the export be a disk of which there are snapshots? */
-static bool
-is_disk (const char *name)
-{
-  g_autofree char *base = NULL, *view = NULL;
-
-  return !qf_export_name_split (name, &base, &view) &&
-    !qf_export_name_is_snapshot (name);
-}
-
-static GPtrArray *
-snapshots_of_export (const char *base)
-{
-  GPtrArray *list = g_ptr_array_new_with_free_func ((GDestroyNotify)
-                                                    snapshot_unref);
-  const struct dirty_node *node;
-  const struct disk *disk;
-
-  dirty_lock ();
-  node = dirty_node_of_known_export (base);
-  disk = node ? disk_of_known_node (node) : NULL;
-  for (guint i = 0; disk && i < disk->snapshots->len; ++i)
-    g_ptr_array_add (list, snapshot_ref (g_ptr_array_index (disk->snapshots,
-                                                            i)));
-  dirty_unlock ();
-  return list;
-}
-
-static int
-list_exports (const struct nbdkit_exports *below,
-              struct nbdkit_exports *exports)
-{
-  const size_t n = nbdkit_exports_count (below);
-  int r = 0;
-
-  for (size_t i = 0; i < n && r == 0; ++i) {
-    const struct nbdkit_export e = nbdkit_get_export (below, i);
-
-    r = nbdkit_add_export (exports, e.name, e.description);
-  }
-  for (size_t i = 0; i < n && r == 0; ++i) {
-    const char *base = nbdkit_get_export (below, i).name;
-    g_autoptr (GPtrArray) list = NULL;
-
-    if (!is_disk (base))
-      continue;
-    list = snapshots_of_export (base);
-    for (guint j = 0; j < list->len && r == 0; ++j)
-      r = list_snapshot (base, g_ptr_array_index (list, j), exports);
-  }
-  return r;
-}
-
 static int
 cbw_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
                   int readonly, int is_tls, struct nbdkit_exports *exports)
@@ -484,7 +236,7 @@ cbw_list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
   if (!below)
     return -1;
   if (next (nxdata, readonly, below) == 0)
-    r = list_exports (below, exports);
+    r = exports_list (below, exports);
   nbdkit_exports_free (below);
   return r;
 }
@@ -510,20 +262,6 @@ handle_free (struct handle *h)
   g_free (h);
 }
 
-static struct snapshot *
-find_snapshot (const char *base, const char *name)
-{
-  g_autoptr (GPtrArray) list = snapshots_of_export (base);
-
-  for (guint i = 0; i < list->len; ++i) {
-    struct snapshot *s = g_ptr_array_index (list, i);
-
-    if (strcmp (s->name, name) == 0)
-      return snapshot_ref (s);
-  }
-  return NULL;
-}
-
 static int
 fail_open (const char *fs, const char *name)
 {
@@ -542,14 +280,14 @@ parse_view (struct handle *h, const char *view)
   g_autofree char *name = g_strndup (view, slash ? (size_t) (slash - view) :
                                      strlen (view));
 
-  h->s = find_snapshot (h->base, name);
+  h->s = export_find_snapshot (h->base, name);
   if (!h->s)
     return fail_open ("there is no snapshot with the name \"%s\"", name);
   h->bits = bitmap ? snapshot_frozen (h->s, bitmap) : NULL;
   if (bitmap && !h->bits)
     return fail_open ("there was no bitmap with the name \"%s\" when the "
                       "snapshot was made", bitmap);
-  h->description = describe_view (name, bitmap);
+  h->description = export_describe_view (name, bitmap);
   return 0;
 }
 
@@ -562,7 +300,7 @@ parse_export (struct handle *h, const char *exportname)
 
   h->base = g_strdup (kind ? base : exportname);
   /* Where exports are files that may be the name of one. */
-  if (kind && strcmp (kind, "snapshot") == 0 && is_disk (base)) {
+  if (kind && strcmp (kind, "snapshot") == 0 && export_is_disk (base)) {
     if (parse_view (h, view) == 0)
       return 0;
     if (!dirty_nodes_each ())
@@ -691,7 +429,7 @@ cbw_prepare (nbdkit_next *next, void *handle, int readonly)
     h->disk = disk_of_node (h->s->node);
     return check_view (h, next);
   }
-  if (!is_disk (h->base))
+  if (!export_is_disk (h->base))
     return 0;
   h->disk = disk_of_node (dirty_node_of_export (h->base));
   if (open_disk (h->disk, next, access_of (h, next)) == -1) {

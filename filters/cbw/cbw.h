@@ -7,7 +7,9 @@
 
 /* The cbw filter:
  *
- *    cbw.c        parameters; connections and their requests
+ *    cbw.c        connections and their requests
+ *    config.c     parameters
+ *    exports.c    names of exports
  *    disk.c       disks and the snapshots that they have
  *    commands.c   QMP
  *    snapshot.h   one snapshot
@@ -31,6 +33,34 @@ struct config {
   int thread_model;
 };
 extern struct config config;
+
+/* config.c */
+
+extern void config_load (void);
+extern void config_unload (void);
+
+/* 1: it was one of ours; 0: it was not; -1: it was wrong, which has been
+ * reported.
+ */
+extern int config_parse (const char *key, const char *value);
+
+/* Do the parameters make sense together?  -1 as above. */
+extern int config_check (void);
+
+#define CONFIG_HELP                                                     \
+  "cbw-snapshot=NAME           Make this snapshot at start; can be given\n" \
+  "                            more than once.\n"                       \
+  "cbw-target=PATH|URI         Where it keeps the old data (default: a\n" \
+  "                            temporary file in $TMPDIR).\n"           \
+  "cbw-bitmap=NAME             Limit it to what is dirty there.\n"      \
+  "cbw-on-error=break-guest-write|break-snapshot\n"                     \
+  "                            What happens if old data cannot be saved\n" \
+  "                            (default break-guest-write).\n"          \
+  "cbw-timeout=SECONDS         How long saving it may take (default: for\n" \
+  "                            ever).\n"                                \
+  "cbw-cluster-size=SIZE       What is copied at once (default 64K, or\n" \
+  "                            what the target prefers).\n"             \
+  "cbw-discard=on|off          Let readers discard (default off).\n"
 
 /* A list of snapshots which is never changed, only replaced. */
 typedef GPtrArray snapshot_list;
@@ -115,6 +145,24 @@ extern void disks_forget_all (void);
 extern int disk_begin_write (struct disk *disk, const struct below *below,
                              uint64_t offset, uint32_t count, int *err);
 extern void disk_end_write (struct disk *disk);
+
+/* exports.c */
+
+/* Can the export be a disk of which there are snapshots? */
+extern bool export_is_disk (const char *name);
+
+/* Takes the lock.  A snapshot of the disk, to be unref'ed, or NULL. */
+extern struct snapshot *export_find_snapshot (const char *base,
+                                              const char *name);
+
+/* For lists, of a snapshot, or what was dirty in a bitmap unless NULL. */
+extern char *export_describe_view (const char *snapshot, const char *bitmap);
+
+/* Takes the lock.  Add what is below, and all that there is of it.  Returns
+ * -1 if there was an error, which was reported.
+ */
+extern int exports_list (const struct nbdkit_exports *below,
+                         struct nbdkit_exports *exports);
 
 /* commands.c */
 extern void commands_register (void);
