@@ -11,7 +11,6 @@ PERSIST_DAMAGED says how many are damaged at random (400).
 """
 
 import collections
-import json
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import struct
 
 import qcow2edit as edit
 import qf
+from figures import ours, theirs
 from qf import KiB, MiB
 
 DAMAGED = int(os.environ.get("PERSIST_DAMAGED", "100" if qf.SLOW else "400"))
@@ -26,42 +26,12 @@ DAMAGED = int(os.environ.get("PERSIST_DAMAGED", "100" if qf.SLOW else "400"))
 EXTENSION = 0x23852875
 IN_USE, AUTO, EXTRA_COMPATIBLE = 1, 2, 4
 
-FIGURES = ("corruptions", "leaks", "check-errors", "total-clusters",
-           "allocated-clusters", "fragmented-clusters",
-           "compressed-clusters", "image-end-offset")
-
 # (name, options, size)
 IMAGES = (
     ("512", "cluster_size=512", 4 * MiB + 512),
     ("4k", "cluster_size=4k,refcount_bits=1", 300 * MiB),
     ("64k", "cluster_size=64k", 3072 * MiB),
 )
-
-
-# ---------------------------------------------------------------- figures
-
-def figures(text):
-    found = json.loads(text)
-    return {name: found.get(name, 0) for name in FIGURES}
-
-
-def ours(path):
-    """Our figures, or None; and what was found."""
-    program = os.path.join(os.path.dirname(qf.nbdkit()), "tests",
-                           "qcow2-check")
-    done = qf.run([program, path], ok=None)
-    qf.check(done.returncode in (0, 1),
-             f"{path}: status {done.returncode}: {done.stderr}")
-    return figures(done.stdout) if done.returncode == 0 else None, \
-        done.stderr
-
-
-def theirs(path):
-    """QEMU's figures, or None if it does not open it."""
-    done = qf.run([qf.tool("qemu-img"), "check", "-f", "qcow2",
-                   "--output=json", path], ok=None)
-    return figures(done.stdout) if done.stdout.startswith("{") else None, \
-        done.stderr
 
 
 # Where ours calls an image bad of which QEMU says nothing: the format wants

@@ -9,7 +9,6 @@ no figures there; ours must find it bad, too.
 """
 
 import collections
-import json
 import os
 import random
 import shutil
@@ -18,39 +17,9 @@ import struct
 import images
 import qcow2edit as edit
 import qf
+from figures import ours, theirs
 
 DAMAGED = 300
-
-# qemu-img leaves out members that are 0.
-FIGURES = ("corruptions", "leaks", "check-errors", "total-clusters",
-           "allocated-clusters", "fragmented-clusters",
-           "compressed-clusters", "image-end-offset")
-
-
-def figures(text):
-    found = json.loads(text)
-    return {name: found.get(name, 0) for name in FIGURES}
-
-
-def checker():
-    return os.path.join(os.path.dirname(qf.nbdkit()), "tests", "qcow2-check")
-
-
-def ours(path):
-    """Our figures, or None; and what was found."""
-    done = qf.run([checker(), path], ok=None)
-    qf.check(done.returncode in (0, 1),
-             f"{path}: status {done.returncode}: {done.stderr}")
-    return figures(done.stdout) if done.returncode == 0 else None, \
-        done.stderr
-
-
-def theirs(path):
-    """QEMU's figures, or None if it has none; and what it says."""
-    done = qf.run([qf.tool("qemu-img"), "check", "-f", "qcow2",
-                   "--output=json", path], ok=None)
-    return figures(done.stdout) if done.stdout.startswith("{") else None, \
-        done.stderr
 
 
 def compare(what, path):

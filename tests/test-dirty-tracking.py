@@ -253,25 +253,7 @@ def test_reads_mark_nothing(tmp):
 
 
 def test_flags_pass(tmp):
-    """The filter changes nothing of what the plugin can do."""
-    def flags(*args):
-        with qf.serve(tmp, *args) as server:
-            handle = server.connect()
-            values = [getattr(handle, name)() for name in (
-                "is_read_only", "can_flush", "can_fua", "can_trim",
-                "can_zero", "can_fast_zero", "can_multi_conn", "can_cache",
-                "is_rotational", "get_size")]
-            values += [handle.get_block_size(i) for i in range(3)]
-            handle.shutdown()
-            return values
-
-    for args in (["memory", "1M"], ["null", "1M"], ["-r", "memory", "1M"],
-                 ["full", "1M"], ["--filter=nozero", "memory", "1M"],
-                 ["--filter=fua", "memory", "1M", "fuamode=force"],
-                 ["--filter=blocksize-policy", "memory", "1M",
-                  "blocksize-preferred=4096", "blocksize-minimum=512"],
-                 ["data", "1 2 3"]):
-        qf.equal(args, flags("--filter=dirty-tracking", *args), flags(*args))
+    qf.check_flags_pass(tmp, "dirty-tracking")
 
 
 def test_view_is_frozen(tmp):
