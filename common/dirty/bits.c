@@ -306,9 +306,11 @@ count_slot (slot *s, uint64_t base, unsigned level, uint64_t length)
 
 static uint64_t
 find_in_leaf (const struct leaf *leaf, uint64_t base, uint64_t from,
-              bool dirty)
+              uint64_t stop, bool dirty)
 {
-  for (unsigned w = first_index (base, 6, from); w < LEAF_WORDS; ++w) {
+  const unsigned last = last_index (base, 6, stop, LEAF_WORDS);
+
+  for (unsigned w = first_index (base, 6, from); w < last; ++w) {
     uint64_t word = atomic_load (&leaf->words[w]);
 
     if (!dirty)
@@ -320,12 +322,12 @@ find_in_leaf (const struct leaf *leaf, uint64_t base, uint64_t from,
   return span_end (base, 0);
 }
 
-/* The first bit at or behind from that is dirty, or clean; the end of the
- * slot's span if there is none in it.
+/* The first bit at or behind from that is dirty, or clean; if there is none
+ * before stop in the slot's span, any from there on, or the span's end.
  */
 static uint64_t
 find_in_slot (slot *s, uint64_t base, unsigned level, uint64_t from,
-              bool dirty)
+              uint64_t stop, bool dirty)
 {
   const uint64_t end = span_end (base, level);
   void *p = atomic_load (s);
@@ -333,12 +335,14 @@ find_in_slot (slot *s, uint64_t base, unsigned level, uint64_t from,
   if (!is_node (p))
     return (p == FULL) == dirty ? MAX (base, from) : end;
   if (level == 0)
-    return find_in_leaf (p, base, from, dirty);
+    return find_in_leaf (p, base, from, stop, dirty);
   for (unsigned shift = span_shift (level - 1),
-         i = first_index (base, shift, from); i < FANOUT; ++i) {
+         i = first_index (base, shift, from),
+         last = last_index (base, shift, stop, FANOUT); i < last; ++i) {
     const uint64_t child = base + ((uint64_t) i << shift);
     const uint64_t found = find_in_slot (&((struct inner *) p)->slots[i],
-                                         child, level - 1, from, dirty);
+                                         child, level - 1, from, stop,
+                                         dirty);
 
     if (found < span_end (child, level - 1))
       return found;
@@ -346,16 +350,22 @@ find_in_slot (slot *s, uint64_t base, unsigned level, uint64_t from,
   return end;
 }
 
-/* The first granule at or behind from that is dirty, or clean; the set's
- * length if there is none.
+/* The first granule at or behind from that is dirty, or clean; stop, which
+ * is at most the set's length, if there is none before.
  */
+static uint64_t
+find_before (struct dirty_bits *bits, uint64_t from, uint64_t stop, bool dirty)
+{
+  const uint64_t found = find_in_slot (&bits->root, 0, bits->levels, from,
+                                       stop, dirty);
+
+  return MIN (found, stop);
+}
+
 static uint64_t
 find (struct dirty_bits *bits, uint64_t from, bool dirty)
 {
-  const uint64_t found = find_in_slot (&bits->root, 0, bits->levels, from,
-                                       dirty);
-
-  return MIN (found, bits->length);
+  return find_before (bits, from, bits->length, dirty);
 }
 
 /* Copy what is in a slot to another, of a tree that nobody else uses. */
@@ -560,7 +570,7 @@ bool
 dirty_bits_get (struct dirty_bits *bits, uint64_t offset, uint64_t *length)
 {
   const uint64_t bit = offset >> bits->granularity_bits;
-  const bool dirty = find (bits, bit, true) == bit;
+  const bool dirty = find_before (bits, bit, bit + 1, true) == bit;
 
   if (length) {
     const uint64_t next = find (bits, bit + 1, !dirty);
@@ -570,6 +580,17 @@ dirty_bits_get (struct dirty_bits *bits, uint64_t offset, uint64_t *length)
     *length = end - offset;
   }
   return dirty;
+}
+
+bool
+dirty_bits_all (struct dirty_bits *bits, uint64_t offset, uint64_t count)
+{
+  const uint64_t end = granules (offset + count, bits->granularity_bits);
+
+  if (offset > bits->size || count > bits->size - offset)
+    return false;
+  return find_before (bits, offset >> bits->granularity_bits, end,
+                      false) == end;
 }
 
 uint64_t
@@ -598,16 +619,16 @@ dirty_bits_merge (struct dirty_bits *target, struct dirty_bits *source)
 bool
 dirty_bits_includes (struct dirty_bits *all, struct dirty_bits *part)
 {
-  uint64_t begin = 0, end, offset, length;
+  uint64_t begin = 0, end, offset;
 
   while ((begin = find (part, begin, true)) < part->length) {
     end = find (part, begin, false);
     if (end == begin)           /* cleared meanwhile */
       end++;
     offset = begin << part->granularity_bits;
-    if (!dirty_bits_get (all, offset, &length) ||
-        length < MIN ((end - begin) << part->granularity_bits,
-                      part->size - offset))
+    if (!dirty_bits_all (all, offset,
+                         MIN ((end - begin) << part->granularity_bits,
+                              part->size - offset)))
       return false;
     begin = end;
   }

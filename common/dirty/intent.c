@@ -102,9 +102,7 @@ mark (struct dirty_intent *intent, uint64_t offset, uint64_t count)
 static bool
 is_stable (struct dirty_intent *intent, uint64_t offset, uint64_t count)
 {
-  uint64_t length;
-
-  return dirty_bits_get (intent->stable, offset, &length) && length >= count;
+  return dirty_bits_all (intent->stable, offset, count);
 }
 
 /* Under the lock: store a set, which then is what is stable. */

@@ -112,6 +112,26 @@ check_export (struct dirty_bits *bits, const struct model *m)
   dirty_bits_free (back);
 }
 
+/* Ranges of all lengths, from a few places on. */
+static void
+check_all (struct dirty_bits *bits, const struct model *m)
+{
+  g_assert_false (dirty_bits_all (bits, m->size, 1));
+  g_assert_false (dirty_bits_all (bits, 0, m->size + 1));
+  for (unsigned i = 0; i < 20 && m->size > 0; ++i) {
+    const uint64_t offset = (((uint64_t) g_random_int () << 32) |
+                             g_random_int ()) % m->size;
+    uint64_t length = 1;
+    const bool dirty = dirty_bits_get (bits, offset, &length);
+
+    g_assert_cmpint (dirty_bits_all (bits, offset, 1), ==, dirty);
+    g_assert_cmpint (dirty_bits_all (bits, offset, length), ==, dirty);
+    g_assert_cmpint (dirty_bits_all (bits, offset, length / 2 + 1), ==,
+                     dirty);
+    g_assert_false (dirty_bits_all (bits, offset, length + 1));
+  }
+}
+
 static void
 check_equal (struct dirty_bits *bits, const struct model *m)
 {
@@ -123,6 +143,7 @@ check_equal (struct dirty_bits *bits, const struct model *m)
     count += m->dirty[i];
   g_assert_cmpuint (dirty_bits_count (bits), ==, count);
   check_runs (bits, m);
+  check_all (bits, m);
   check_export (bits, m);
 }
 
@@ -213,6 +234,26 @@ check_includes (struct dirty_bits *all, struct dirty_bits *part)
   g_assert_cmpint (dirty_bits_includes (all, part), ==,
                    dirty_bits_count (both) == dirty_bits_count (all));
   dirty_bits_free (both);
+}
+
+/* Sets that one has to look at as a whole, but once. */
+static void
+test_includes_large (void)
+{
+  const uint64_t size = UINT64_C (1) << 40;
+  struct dirty_bits *all = dirty_bits_new (size, 16);
+  struct dirty_bits *part = dirty_bits_new (size, 16);
+
+  for (uint64_t at = 0; at < size; at += 1 << 16)
+    dirty_bits_set (all, at, 1);
+  for (uint64_t at = 0; at < size; at += 1 << 17)
+    dirty_bits_set (part, at, 1);
+  g_assert_true (dirty_bits_includes (all, part));
+  g_assert_false (dirty_bits_includes (part, all));
+  dirty_bits_clear (all, size - (1 << 17), 1 << 17);
+  g_assert_false (dirty_bits_includes (all, part));
+  dirty_bits_free (all);
+  dirty_bits_free (part);
 }
 
 /* Merges between all pairs of a few granularities, and copies. */
@@ -424,6 +465,7 @@ main (int argc, char *argv[])
   g_test_init (&argc, &argv, NULL);
   g_test_add_func ("/bits/model", test_model);
   g_test_add_func ("/bits/merge", test_merge);
+  g_test_add_func ("/bits/includes-large", test_includes_large);
   g_test_add_func ("/bits/huge", test_huge);
   g_test_add_func ("/bits/sha256", test_sha256);
   g_test_add_func ("/bits/threads", test_threads);

@@ -331,9 +331,11 @@ count_same (const struct save *s, uint64_t i)
   uint64_t length, old_length;
 
   if (!s->stored || offset >= size ||
-      dirty_bits_get (s->bits, offset, &length) !=
-      dirty_bits_get (s->stored, offset, &old_length))
+      dirty_bits_get (s->bits, offset, NULL) !=
+      dirty_bits_get (s->stored, offset, NULL))
     return 0;
+  dirty_bits_get (s->bits, offset, &length);
+  dirty_bits_get (s->stored, offset, &old_length);
   length = MIN (length, old_length);
   return offset + length == size ? UINT64_MAX : length / step;
 }
