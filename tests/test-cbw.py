@@ -250,6 +250,31 @@ def test_brief_map(tmp):
         close(view)
 
 
+def test_map_hangs(tmp):
+    """What one connection waits for, others do not for long."""
+    first, over = os.path.join(tmp, "first"), os.path.join(tmp, "over")
+    extents = (f"if mkdir {first}; then until test -e {over}; "
+               f"do sleep 0.05; done; fi; echo 0 {SIZE}")
+    with cbw.served(tmp, "eval", f"get_size=echo {SIZE}",
+                    "can_extents=exit 0", "can_multi_conn=exit 0",
+                    "pread=head -c $3 /dev/zero", "extents=" + extents,
+                    "thread_model=echo parallel") as (server, control):
+        cbw.create(control, "s")
+        views = [server.connect("snapshot/s") for _ in range(3)]
+        maps = []
+        stuck = threading.Thread(
+            target=lambda: maps.append(cbw.read_map(views[0])))
+        stuck.start()
+        cbw.wait_until(lambda: os.path.exists(first), "a question")
+        for view in views[1:]:
+            qf.equal("map", cbw.read_map(view), [[0, SIZE, 0]])
+        qf.check(not maps, "it does not hang")
+        with open(over, "w"):
+            stuck.join()
+        qf.equal("map", maps, [[[0, SIZE, 0]]])
+        close(*views)
+
+
 def test_dirty_views(tmp):
     """The bitmap as it was, whatever happens to it; as dirty-clean says."""
     for clean, kind in (("hole", HOLE), ("zero", HOLE | ZERO)):

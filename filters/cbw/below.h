@@ -41,7 +41,7 @@ below_unlock (const struct below *below)
 }
 
 /* As nbdkit's .can_extents; not asked before it has to be known, as plugins
- * may have to look at all of the disk.
+ * may have to look at all of the disk.  -1: the layers below have failed.
  */
 extern int below_can_extents (const struct below *below);
 

@@ -5,11 +5,13 @@
  * The full text is in the file LICENSE.
  */
 
-/* The layer below is asked for a whole region, once: who wants to know
- * about the same waits, as he would for an answer of his own.  If that
- * fails, the client's question is passed on as it is; and so are all, if
- * the layer says less than it is asked for, as then there is nothing to be
- * gained.
+/* The layer below is asked for a whole region, however little a client
+ * wants to know of it, and once: who wants to know about the same waits a
+ * while, as he would for an answer of his own.
+ *
+ * If the layer fails, or says less than it was asked for, there is nothing
+ * to be gained: then questions are passed on as they are.  So is that of
+ * who has waited long enough, as it may only be that connection which hangs.
  *
  * Guests that write ask for themselves (copy.c), as they do not wait for
  * readers.
@@ -18,19 +20,24 @@
 #include <config.h>
 
 #include <errno.h>
+#include <string.h>
 
+#include "patience.h"
 #include "status.h"
 
 /* Bytes. */
 #define REGION (UINT64_C (1) << 30)
 
-/* What is kept at most; an extent takes 16 bytes. */
-#define MAX_ANSWERS 64
-#define MAX_EXTENTS (1 << 20)
+/* What is kept at most; an extent takes up to 36 bytes. */
+#define MAX_ANSWERS 256
+#define MAX_EXTENTS (1 << 19)
+
+#define WAIT_SECONDS 1
 
 void
 status_cache_init (struct status_cache *cache, uint64_t size)
 {
+  memset (cache, 0, sizeof *cache);
   cache->size = size;
   g_mutex_init (&cache->lock);
   g_cond_init (&cache->changed);
@@ -149,12 +156,12 @@ keep_answer (struct status_cache *cache, struct status *status)
 
   refs_inc (&status->refs);
   g_queue_push_head (&cache->answers, status);
-  cache->extents += count (status);
+  cache->n_extents += count (status);
   while (cache->answers.length > 1 &&
          (cache->answers.length > MAX_ANSWERS ||
-          cache->extents > MAX_EXTENTS)) {
+          cache->n_extents > MAX_EXTENTS)) {
     oldest = g_queue_pop_tail (&cache->answers);
-    cache->extents -= count (oldest);
+    cache->n_extents -= count (oldest);
     status_unref (oldest);
   }
 }
@@ -177,12 +184,12 @@ ask_and_keep (struct status_cache *cache, const struct below *below,
   g_mutex_lock (&cache->lock);
   g_queue_remove (&cache->asking, &region);
   g_cond_broadcast (&cache->changed);
-  if (status && status->end < end) {
-    cache->brief = true;
+  if (status && status->end == end)
+    keep_answer (cache, status);
+  else {
+    cache->useless = true;
     g_clear_pointer (&status, status_unref);
   }
-  if (status)
-    keep_answer (cache, status);
   return status;
 }
 
@@ -190,14 +197,17 @@ struct status *
 status_ask (struct status_cache *cache, const struct below *below,
             uint64_t offset, uint64_t end, uint32_t flags, int *err)
 {
+  const gint64 limit = g_get_monotonic_time () +
+    WAIT_SECONDS * G_USEC_PER_SEC;
   const uint64_t region = offset / REGION;
   struct status *status;
+  int error = 0;
 
   g_mutex_lock (&cache->lock);
-  while ((status = find_answer (cache, region)) == NULL && !cache->brief &&
-         is_asking (cache, region))
-    g_cond_wait (&cache->changed, &cache->lock);
-  if (!status && !cache->brief)
+  while ((status = find_answer (cache, region)) == NULL && !error &&
+         !cache->useless && is_asking (cache, region))
+    error = patience_wait (&cache->changed, &cache->lock, limit);
+  if (!status && !error && !cache->useless)
     status = ask_and_keep (cache, below, region);
   g_mutex_unlock (&cache->lock);
   return status ? status : ask (below, offset, end, flags, err);

@@ -40,9 +40,9 @@ struct status_cache {
   GMutex lock;
   GCond changed;
   GQueue answers;               /* of struct status, the last used first */
-  size_t extents;               /* in all of them */
+  size_t n_extents;             /* in all of them */
   GQueue asking;                /* of uint64_t: about which regions */
-  bool brief;                   /* the layer below says less than asked */
+  bool useless;                 /* the layer below fails, or is brief */
 };
 
 extern void status_cache_init (struct status_cache *cache, uint64_t size);
