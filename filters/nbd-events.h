@@ -12,7 +12,8 @@
  * connection may die while libnbd 1.14 is sending a request, and then it
  * looks at the command once more after the callback.  So commands are
  * retired with nbd_aio_command_completed, after the call that issued them
- * has returned.
+ * has returned.  It may fail where the callback was told of no error: if
+ * there was no data in the reply to a read.
  */
 
 #ifndef NBD_EVENTS_H

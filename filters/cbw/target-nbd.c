@@ -136,8 +136,9 @@ take_complete (struct nbd *nbd)
   list = nbd->complete;
   nbd->complete = NULL;
   g_mutex_unlock (&nbd->list_lock);
-  for (const struct request *rq = list; rq && nbd->h; rq = rq->next)
-    nbd_aio_command_completed (nbd->h, rq->cookie);
+  for (struct request *rq = list; rq && nbd->h; rq = rq->next)
+    if (nbd_aio_command_completed (nbd->h, rq->cookie) == -1 && !rq->error)
+      rq->error = EIO;
   g_mutex_unlock (&nbd->handle_lock);
   return list;
 }

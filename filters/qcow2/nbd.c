@@ -131,7 +131,8 @@ request_wait (struct nbd *nbd, struct request *rq, int64_t cookie,
   while (!rq->done)
     g_cond_wait (&rq->cond, rq->lock);
   g_mutex_unlock (rq->lock);
-  nbd_aio_command_completed (nbd->h, cookie);
+  if (nbd_aio_command_completed (nbd->h, cookie) == -1 && !rq->error)
+    rq->error = EIO;
   if (rq->error)
     return qcow2_fail (error, rq->error, "%s: %s at offset %" PRIu64 ": %s",
                        nbd->source.name, what, offset,
