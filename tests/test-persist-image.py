@@ -108,6 +108,26 @@ def test_old_version(tmp):
     qf.equal("image", persist.fingerprint(path)[0][4], before[0][4])
 
 
+def test_no_room(tmp):
+    """There is no room for the header's extension: nothing changes, however
+    often it is tried."""
+    name = os.path.join(tmp, "x" * 200)
+    with open(name, "wb") as file:
+        file.truncate(SIZE)
+    path = os.path.join(tmp, "noroom.qcow2")
+    qf.qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512",
+                "-b", name, "-F", "raw", path)
+    before = persist.fingerprint(path)
+    with persist.serve(tmp, "file", path, "qcow2-backing=none",
+                       filters=CHAIN) as server:
+        for _ in range(3):
+            qmp.refused(server.control, ["no room"],
+                        "block-dirty-bitmap-add", node="disk", name="b",
+                        persistent=True)
+    qf.equal("image", persist.fingerprint(path)[0][4], before[0][4])
+    qf.qemu_img("check", "-q", path)
+
+
 def test_damaged(tmp):
     """Where refcounts cannot be relied upon nothing is written."""
     import qcow2edit as edit
@@ -333,9 +353,10 @@ def test(tmp):
             "nbdinfo")
     qf.need_plugins("nbd", "eval")
     qf.parts(tmp, test_kinds, test_snapshots, test_backing, test_old_version,
-             test_damaged, test_overlap, test_nbd, test_block_size, test_serialized,
-             test_growth_below_cow, test_connections, test_give_away,
-             test_locks, test_unknown, test_of_a_snapshot)
+             test_no_room, test_damaged, test_overlap, test_nbd,
+             test_block_size, test_serialized, test_growth_below_cow,
+             test_connections, test_give_away, test_locks, test_unknown,
+             test_of_a_snapshot)
 
 
 if __name__ == "__main__":

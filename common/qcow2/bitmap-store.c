@@ -251,6 +251,9 @@ make_bitmap (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   uint64_t clusters;
   g_autofree uint64_t *table = NULL;
 
+  if (store->image->header->size == 0)
+    return qcow2_fail (error, EINVAL, "a disk of 0 bytes cannot have "
+                       "bitmaps that are kept");
   if (entries * store->image->cluster_size > QCOW2_MAX_BITMAP_BYTES)
     return qcow2_fail (error, EINVAL, "bitmap \"%s\" would have %" PRIu64
                        " bytes, but at most %" PRIu64 " are allowed: choose "
@@ -415,6 +418,21 @@ set_valid (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   return io->flush (io, error);
 }
 
+/* Can there be an extension?  Before anything is changed. */
+static int
+check_extension (const struct qcow2_header *header, GError **error)
+{
+  GBytes *old = qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS);
+
+  if (!old)
+    return qcow2_header_check_room (header, EXTENSION_LENGTH, error);
+  if (g_bytes_get_size (old) == EXTENSION_LENGTH)
+    return 0;
+  return qcow2_fail (error, ENOTSUP, "the header has a bitmaps extension of "
+                     "%zu bytes, which cannot be replaced",
+                     g_bytes_get_size (old));
+}
+
 /* Let the extension, which exists, refer to another directory. */
 static int
 replace_extension (struct qcow2_bitmap_store *store,
@@ -424,12 +442,7 @@ replace_extension (struct qcow2_bitmap_store *store,
   struct qcow2_header *header = store->image->header;
   const bool tears = resized &&
     qcow2_header_extension_can_tear (header, QCOW2_EXT_BITMAPS);
-  GBytes *old = qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS);
 
-  if (g_bytes_get_size (old) != EXTENSION_LENGTH)
-    return qcow2_fail (error, ENOTSUP, "the header has a bitmaps extension of "
-                       "%zu bytes, which cannot be replaced",
-                       g_bytes_get_size (old));
   if (tears && header->autoclear & QCOW2_AUTOCLEAR_BITMAPS &&
       set_valid (store, io, false, error) == -1)
     return -1;
@@ -521,6 +534,9 @@ qcow2_bitmap_store_change (struct qcow2_bitmap_store *store,
     return qcow2_fail (error, ENOTSUP, "a version 2 image cannot have "
                        "bitmaps; \"qemu-img amend -o compat=1.1\" makes it "
                        "version 3");
+  if (changes->add && changes->add->len > 0 &&
+      check_extension (store->image->header, error) == -1)
+    return -1;
   list = make_list (store, io, changes, error);
   if (!list ||
       (list->len > 0 &&

@@ -92,25 +92,49 @@ move_backing_name (struct qcow2_header *header, const struct qcow2_io *io,
   return 0;
 }
 
-/* Let there be room up to end, in the first cluster. */
-static int
-make_room (struct qcow2_header *header, const struct qcow2_io *io,
-           uint64_t end, GError **error)
+/* Where the extensions end when there is one more, with what says so. */
+static uint64_t
+end_with (const struct qcow2_header *header, size_t length)
+{
+  return header->extensions_end + HEAD + round_up (length) + HEAD;
+}
+
+/* If extensions are to end there: the new offset of the backing name, or 0
+ * if it can stay.  The old one stays until the header refers to the new.
+ */
+static uint64_t
+new_name_offset (const struct qcow2_header *header, uint64_t end)
+{
+  return !header->backing_offset || end <= header->backing_offset ? 0 :
+    round_up (MAX (end,
+                   header->backing_offset + strlen (header->backing_file)));
+}
+
+int
+qcow2_header_check_room (const struct qcow2_header *header, size_t length,
+                         GError **error)
 {
   const uint64_t cluster_size = UINT64_C (1) << header->cluster_bits;
-  uint64_t offset, used = end;
+  const uint64_t end = end_with (header, length);
+  const uint64_t offset = new_name_offset (header, end);
+  const uint64_t used = offset ? offset + strlen (header->backing_file) : end;
 
-  if (header->backing_offset && end > header->backing_offset) {
-    const size_t length = strlen (header->backing_file);
-
-    offset = round_up (MAX (end, header->backing_offset + length));
-    used = offset + length;
-  }
   if (header->extensions_end % 8 != 0 || used > cluster_size)
     return qcow2_fail (error, ENOSPC, "the header has no room for another "
                        "extension: %" PRIu64 " bytes are needed, the first "
                        "cluster has %" PRIu64, used, cluster_size);
-  return used == end ? 0 : move_backing_name (header, io, offset, error);
+  return 0;
+}
+
+static int
+make_room (struct qcow2_header *header, const struct qcow2_io *io,
+           size_t length, GError **error)
+{
+  const uint64_t offset = new_name_offset (header, end_with (header, length));
+
+  if (qcow2_header_check_room (header, length, error) == -1)
+    return -1;
+  return offset ? move_backing_name (header, io, offset, error) : 0;
 }
 
 int
@@ -126,7 +150,7 @@ qcow2_header_add_extension (struct qcow2_header *header,
   qcow2_put_be32 (buf, type);
   qcow2_put_be32 (buf + 4, length);
   memcpy (buf + HEAD, data, length);
-  if (make_room (header, io, end + HEAD, error) == -1 ||
+  if (make_room (header, io, length, error) == -1 ||
       qcow2_io_write (io, buf + HEAD, end - offset, offset + HEAD,
                       error) == -1 ||
       io->flush (io, error) == -1 ||

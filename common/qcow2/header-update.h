@@ -32,6 +32,12 @@ extern int qcow2_header_set_autoclear (struct qcow2_header *header,
                                        const struct qcow2_io *io,
                                        uint64_t autoclear, GError **error);
 
+/* Is there room for an extension with this length of data?  If not the
+ * error is ENOSPC.
+ */
+extern int qcow2_header_check_room (const struct qcow2_header *header,
+                                    size_t length, GError **error);
+
 /* Add an extension behind the others.  If there is no room for it the
  * error is ENOSPC, and nothing has changed.  Flushed.
  */
