@@ -506,6 +506,19 @@ def test_intent(tmp):
         persist.sound(side)
 
 
+def test_intent_granularity(tmp):
+    """By default the disk's size / 4096, rounded up to a power of two."""
+    for size, expected in ((MiB, 64 * KiB), (256 * MiB, 64 * KiB),
+                           (256 * MiB + 512, 128 * KiB), (GiB, 256 * KiB),
+                           (GiB - 512, 256 * KiB), (3 * GiB, MiB),
+                           (64 * GiB, 16 * MiB), (TiB, 16 * MiB)):
+        disk, side = paths(tmp, f"default{size}", size)
+        with persist.serve(tmp, "file", disk, "bitmap-store=" + side,
+                           "dirty-bitmap=b,persistent=on"):
+            qf.equal(size, persist.info(side)[persist.INTENT],
+                     (expected, ["auto"]))
+
+
 def test_data_file(tmp):
     """QEMU sees the disk through its sidecar."""
     for size in (512, 10 * MiB, 10 * MiB + 512, 10 * MiB + 100, 100):
@@ -593,7 +606,8 @@ def test(tmp):
     qf.parts(tmp, test_granularities, test_many, test_limits, test_changes,
              test_changes_while_writing, test_flags, test_sync, test_no_sync,
              test_signals, test_run, test_daemon, test_without_tracking,
-             test_intent_off, test_intent, test_data_file, test_memory,
+             test_intent_off, test_intent,
+             test_intent_granularity, test_data_file, test_memory,
              test_image)
 
 

@@ -250,8 +250,9 @@ choose_granularity (const struct dirty_persist *p)
 
   if (p->options.intent_granularity_bits)
     return p->options.intent_granularity_bits;
-  while ((bits < MAX_INTENT_BITS && p->node->size >> bits >= INTENT_REGIONS)
-         || p->node->size >> bits >> 3 >= QCOW2_MAX_BITMAP_BYTES / 2)
+  while ((bits < MAX_INTENT_BITS &&
+          p->node->size > (uint64_t) INTENT_REGIONS << bits) ||
+         p->node->size >> bits >> 3 >= QCOW2_MAX_BITMAP_BYTES / 2)
     bits++;
   return bits;
 }
