@@ -33,7 +33,7 @@ below_read (const struct below *below, void *buf, uint64_t count,
 
   while (count > 0) {
     const uint32_t n = MIN (count, below->maximum);
-    int err = EIO, r;
+    int err = 0, r;
 
     below_lock (below);
     r = below->next->pread (below->next, p, n, offset, 0, &err);

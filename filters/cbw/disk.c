@@ -335,12 +335,13 @@ flush_guest (struct guest *guest, int *err)
 
   if (!atomic_exchange (&guest->wrote, false))
     return 0;
-  *err = EIO;
   below_lock (guest->below);
   r = next->flush (next, 0, err);
   below_unlock (guest->below);
-  if (r == -1)
+  if (r == -1) {
+    *err = *err ? *err : EIO;
     atomic_store (&guest->wrote, true);
+  }
   return r;
 }
 

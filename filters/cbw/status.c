@@ -96,20 +96,23 @@ ask (const struct below *below, uint64_t offset, uint64_t end,
   struct status *status;
   size_t n = 0;
 
-  *err = EIO;
-  if (below_can_extents (below) == -1)
+  if (below_can_extents (below) == -1) {
+    *err = EIO;
     return NULL;
+  }
   extents = nbdkit_extents_new (offset, end);
   if (!extents) {
     *err = ENOMEM;
     return NULL;
   }
+  *err = 0;
   below_lock (below);
   if (below->next->extents (below->next, end - offset, offset, flags,
                             extents, err) == 0)
     n = nbdkit_extents_count (extents);
   below_unlock (below);
   if (n == 0) {
+    *err = *err ? *err : EIO;
     nbdkit_extents_free (extents);
     return NULL;
   }

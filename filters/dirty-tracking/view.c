@@ -84,7 +84,6 @@ view_extents (const struct handle *h, nbdkit_next *next, uint32_t count,
 {
   const uint32_t clean = dirty_view_clean_type ();
 
-  *err = EIO;
   while (count > 0 && !is_enough (extents, flags)) {
     uint64_t length;
     const bool dirty = dirty_bits_get (h->bits, offset, &length);
@@ -93,8 +92,10 @@ view_extents (const struct handle *h, nbdkit_next *next, uint32_t count,
       add_dirty (next, n, offset, flags, extents, err) :
       nbdkit_add_extent (extents, offset, n, clean);
 
-    if (r == -1)
+    if (r == -1) {
+      *err = *err ? *err : EIO;
       return -1;
+    }
     offset += n;
     count -= n;
   }

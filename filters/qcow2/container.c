@@ -89,7 +89,7 @@ write_aligned (const uint8_t *buf, size_t count, uint64_t offset,
 
   while (count > 0) {
     const uint32_t n = MIN (count, written.layer.limits.maximum);
-    int err = EIO;
+    int err = 0;
 
     if (next->pwrite (next, buf, n, offset, 0, &err) == -1)
       return fail (err, "writing", n, offset, error);
@@ -140,7 +140,7 @@ static int
 container_flush (const struct qcow2_io *io, GError **error)
 {
   nbdkit_next *next = written.layer.next;
-  int err = EIO;
+  int err = 0;
 
   if (written.can_flush && next->flush (next, 0, &err) == -1) {
     err = err ? err : EIO;

@@ -72,7 +72,7 @@ read_below (struct source *source, void *buf, uint32_t count,
             uint64_t offset, GError **error)
 {
   const struct layer *layer = (struct layer *) source;
-  int err = EIO, r;
+  int err = 0, r;
 
   lock_layer (layer);
   r = layer->next->pread (layer->next, buf, count, offset, 0, &err);
@@ -102,7 +102,7 @@ extents_below (const struct layer *layer, uint32_t count, uint64_t offset,
                GError **error)
 {
   struct nbdkit_extents *extents;
-  int err = EIO;
+  int err = 0;
 
   lock_layer (layer);
   extents = nbdkit_extents_full (layer->next, count, offset, 0, &err);
@@ -150,7 +150,7 @@ layer_prefetch (struct source *source, uint64_t offset, uint64_t count,
 {
   const struct layer *layer = (struct layer *) source;
   uint64_t start = offset, end = offset + count;
-  int err = EIO, r;
+  int err = 0, r;
 
   limits_align (&layer->limits, &start, &end);
   while (start < end) {
