@@ -206,6 +206,20 @@ def test_active_twice(tmp):
         view.shutdown()
 
 
+def test_active_missing(tmp):
+    """A sidecar that has vanished is not made anew, without its bitmaps."""
+    disk, side = prepare(tmp, "missing")
+    with persist.serve(tmp, "file", disk, "bitmap-store=" + side) as server:
+        set_active(server, False)
+        os.rename(side, side + ".moved")
+        qmp.refused(server.control, [side], "blockdev-set-active",
+                    **{"node-name": "disk", "active": True})
+        qf.check(not os.path.exists(side), "a sidecar was made")
+        os.rename(side + ".moved", side)
+        set_active(server, True)
+        qf.equal("ours", our_runs(server, "b"), RUNS)
+
+
 def test_active_damaged(tmp):
     """What came back cannot be used; when it is repaired it can."""
     disk, side = prepare(tmp, "damaged")
@@ -365,6 +379,9 @@ def test_order(tmp):
                   words=["qcow2", "bitmap-persist"])
     persist.fails("file", image, filters=[keep, "--filter=qcow2", tracking],
                   words=["qcow2"])
+    for between in ([], ["--filter=cow"]):
+        persist.fails("file", image, words=["wrong order", "bitmap-persist"],
+                      filters=["--filter=qcow2", *between, keep])
     directory = os.path.join(tmp, "dir")
     os.mkdir(directory)
     shutil.copy(disk, directory)
@@ -372,6 +389,43 @@ def test_order(tmp):
                   words=["bitmap-persist", "disk"])
     qf.check(not os.path.exists(os.path.join(tmp, "order-side.qcow2")),
              "a sidecar was made")
+
+
+def test_other_size(tmp):
+    """Filters below can make the disk another than the file."""
+    disk = persist.make_disk(os.path.join(tmp, "other.raw"), SIZE)
+    for size in (SIZE // 2, 2 * SIZE):
+        side = os.path.join(tmp, f"other{size}.qcow2")
+        for number in (1, 2):
+            with persist.serve(tmp, "file", disk, f"truncate={size}",
+                               "bitmap-store=" + side,
+                               "dirty-bitmap=b,persistent=on,granularity=4k",
+                               filters=[*persist.FILTERS, "--filter=truncate"]
+                               ) as server:
+                persist.write_some(server, [(number * MiB, 512)])
+        persist.sound(side)
+        qf.equal("size", edit.get(side, "size"), size)
+        qf.equal("QEMU's", qemu_runs(tmp, side, "b"),
+                 [[n * MiB, n * MiB + 4096] for n in (1, 2)])
+    # The disk itself must be as its own sidecar says.
+    disk, side = prepare(tmp, "own")
+    edit.put(side, "size", SIZE + MiB)
+    for more in ([], ["truncate=" + str(SIZE + MiB)]):
+        persist.fails("file", disk, "bitmap-store=" + side, *more,
+                      words=[side, str(SIZE)],
+                      filters=[*persist.FILTERS,
+                               *["--filter=truncate" for _ in more]])
+
+
+def test_no_bytes(tmp):
+    """QEMU would not open a sidecar with bitmaps of such a disk."""
+    disk = persist.make_disk(os.path.join(tmp, "empty.raw"), 0)
+    side = os.path.join(tmp, "empty.qcow2")
+    with persist.serve(tmp, "file", disk, "bitmap-store=" + side) as server:
+        server.connect().shutdown()
+        qmp.refused(server.control, ["0 bytes"], "block-dirty-bitmap-add",
+                    node="disk", name="b", persistent=True)
+    persist.sound(side)
 
 
 def test_wrong_files(tmp):
@@ -543,9 +597,10 @@ def test(tmp):
             "nbdinfo")
     qf.parts(tmp, test_read_only, test_read_only_image, test_read_only_file,
              test_only_readers, test_active, test_active_twice,
-             test_active_damaged, test_second, test_second_disk,
-             test_second_image, test_active_image, test_parameters,
-             test_order, test_wrong_files, test_wrong_image, test_broken,
+             test_active_damaged, test_active_missing, test_other_size,
+             test_no_bytes, test_second, test_second_disk, test_second_image,
+             test_active_image, test_parameters, test_order,
+             test_wrong_files, test_wrong_image, test_broken,
              test_start_not_later, test_inconsistent, test_name_of_intent)
 
 

@@ -7,6 +7,7 @@
 
 #include <config.h>
 
+#include <signal.h>
 #include <string.h>
 
 #include "utils/server.h"
@@ -70,4 +71,16 @@ qf_server_is_read_only (void)
 
   return g_file_get_contents ("/proc/self/cmdline", &words, &size, NULL) &&
     find_read_only (words, size);
+}
+
+void
+qf_server_allow_limits (void)
+{
+  struct sigaction action;
+
+  if (sigaction (SIGXFSZ, NULL, &action) == 0 &&
+      action.sa_handler == SIG_DFL) {
+    action.sa_handler = SIG_IGN;
+    sigaction (SIGXFSZ, &action, NULL);
+  }
 }

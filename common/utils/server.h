@@ -17,4 +17,10 @@
  */
 extern gboolean qf_server_is_read_only (void);
 
+/* A file that cannot grow because of a limit (ulimit -f) is an error, not
+ * the end of the process, unless somebody wants its signal.  To be called
+ * in .after_fork, where commands of --run have been started.
+ */
+extern void qf_server_allow_limits (void);
+
 #endif /* QF_SERVER_H */

@@ -112,12 +112,8 @@ parse_intent (const char *value)
 static int
 parse_granularity (const char *value)
 {
-  const int64_t size = nbdkit_parse_size (value);
-  int bits;
+  const int bits = dirty_granularity_bits (nbdkit_parse_size (value));
 
-  if (size == -1)
-    return -1;
-  bits = dirty_granularity_bits (size);
   if (bits == -1) {
     nbdkit_error ("bitmap-intent-granularity: \"%s\" is not a power of two "
                   "between 512 and 2G", value);
@@ -205,10 +201,14 @@ choose_container (GError **error)
   struct dirty_node *node = dirty_node_of_export ("");
 
   if (config.sidecar) {
-    sidecar = sidecar_new (config.sidecar, disk_file ());
+    sidecar = sidecar_new (config.sidecar, disk_file (),
+                           config.file.other_keys);
     return sidecar;
   }
-  if (!node->container)
+  if (!node->container && !qf_suite_has (QF_QCOW2))
+    dirty_fail (error, EINVAL, "bitmap-store=image: wrong order of filters: "
+                "--filter=bitmap-persist must stand before --filter=qcow2");
+  else if (!node->container)
     dirty_fail (error, EINVAL, "bitmap-store=image: what the qcow2 filter "
                 "serves is not an image's own disk");
   return node->container;
@@ -385,6 +385,7 @@ bitmap_persist_after_fork (nbdkit_backend *backend)
 {
   g_autoptr (GError) error = NULL;
 
+  qf_server_allow_limits ();
   open_disk_once (backend);
   if (persist && !read_only)
     sync_start (persist, config.sync);

@@ -26,10 +26,11 @@
 /* sidecar.c */
 
 /* A sidecar with an absolute path.  disk is a local file which may be the
- * disk, or NULL.  Free it with sidecar_free.
+ * disk, or NULL; changes: other filters may give it another size.  Free it
+ * with sidecar_free.
  */
 extern struct dirty_container *sidecar_new (const char *path,
-                                            const char *disk);
+                                            const char *disk, bool changes);
 extern void sidecar_free (struct dirty_container *container);
 
 /* sync.c */

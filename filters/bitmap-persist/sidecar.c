@@ -35,6 +35,8 @@ struct sidecar {
   struct dirty_container container;
   char *path;
   char *disk;                   /* a file which may be the disk, or NULL */
+  bool changes;                 /* other filters may change its size */
+  bool existed;                 /* once: it is not made again */
   struct qcow2_file file;
   struct qcow2_file disk_file;  /* it is only open to be locked */
 };
@@ -137,13 +139,19 @@ static int
 open_file (struct sidecar *s, uint64_t size, bool writable, GError **error)
 {
   if (qcow2_file_open (&s->file, s->path, writable ? O_RDWR : O_RDONLY,
-                       error) == 0)
+                       error) == 0) {
+    s->existed = true;
     return lock_file (&s->file, writable ? QCOW2_LOCK_WRITER :
                       QCOW2_LOCK_READER, error);
-  if (!writable || !g_error_matches (*error, QCOW2_ERROR, ENOENT))
+  }
+  if (!writable || s->existed ||
+      !g_error_matches (*error, QCOW2_ERROR, ENOENT))
     return -1;
   g_clear_error (error);
-  return create (s, size, error);
+  if (create (s, size, error) == -1)
+    return -1;
+  s->existed = true;
+  return 0;
 }
 
 static void
@@ -195,7 +203,9 @@ check_not_disk (const struct sidecar *s, GError **error)
   return 0;
 }
 
-/* Is it the sidecar of a disk like ours? */
+/* Is it the sidecar of a disk like ours?  If it does not say which, and the
+ * disk need not be like the file, that is seen when the disk is known.
+ */
 static int
 check_disk (const struct sidecar *s, const struct qcow2_image *image,
             GError **error)
@@ -203,6 +213,8 @@ check_disk (const struct sidecar *s, const struct qcow2_image *image,
   struct qcow2_file disk = { .fd = -1 };
   int r = 0;
 
+  if (s->changes && g_strcmp0 (image->header->data_file, s->disk) != 0)
+    return 0;
   if (s->disk && qcow2_file_open (&disk, s->disk, O_RDONLY, NULL) == 0 &&
       round_up (disk.size) != round_up (image->header->size))
     r = qcow2_fail (error, EINVAL, "%s: this is the sidecar of a disk of %"
@@ -260,12 +272,13 @@ sidecar_check (struct dirty_container *container, bool writable,
 }
 
 struct dirty_container *
-sidecar_new (const char *path, const char *disk)
+sidecar_new (const char *path, const char *disk, bool changes)
 {
   struct sidecar *s = g_new0 (struct sidecar, 1);
 
   s->path = g_strdup (path);
   s->disk = g_strdup (disk);
+  s->changes = changes;
   s->file.fd = s->disk_file.fd = -1;
   s->container.name = s->path;
   s->container.open = sidecar_open;

@@ -60,8 +60,6 @@ parse_granularity (const char *value, uint64_t *result)
 {
   const int64_t size = nbdkit_parse_size (value);
 
-  if (size == -1)
-    return -1;
   if (dirty_granularity_bits (size) == -1) {
     nbdkit_error ("dirty-bitmap: granularity: \"%s\" is not a power of two "
                   "between 512 and 2G", value);
