@@ -11,6 +11,7 @@ import glob
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -72,7 +73,12 @@ def test_parameters(tmp):
             (["cbw-timeout"], ["cbw-timeout=soon"]),
             (["cbw-cluster-size", "5000"], ["cbw-cluster-size=5000"]),
             (["cbw-cluster-size", "1G"], ["cbw-cluster-size=1G"]),
-            (["boolean"], ["cbw-discard=maybe"]),
+            (["cbw-cluster-size", "x"], ["cbw-cluster-size=x"]),
+            (["cbw-discard", "maybe"], ["cbw-discard=maybe"]),
+            (["cbw-target", "http://x/"], ["cbw-target=http://x/",
+                                           "cbw-snapshot=a"]),
+            (["cbw-bitmap", "dirty-tracking"], ["cbw-bitmap=b",
+                                                "cbw-snapshot=a"]),
             (["cbw-target", "cbw-snapshot"], ["cbw-target=/tmp/x"]),
             (["cbw-bitmap", "cbw-snapshot"], ["cbw-bitmap=b"]),
             (["cbw-target", "share"], ["cbw-target=/tmp/x", "cbw-snapshot=a",
@@ -349,9 +355,12 @@ def test_discard(tmp):
         qf.equal("accessible", info["bytes-accessible"], MiB + CLUSTER)
         cbw.fails(view.pread, 1, SIZE - 1, errno="EPERM")
         cbw.fails(view.pwrite, b"x", 0, errno="EPERM")
-        cbw.fails(view.zero, 512, 0, errno="EPERM")
+        for flags in (0, nbd.CMD_FLAG_FAST_ZERO):
+            cbw.fails(view.zero, 512, 0, flags, errno="EPERM")
         qf.equal("guest", cbw.read_all(guest),
                  b"x" * 2 * MiB + b"y" * 2 * MiB)
+        cbw.delete(control, "s")
+        cbw.fails(view.trim, MiB, 0, errno="EIO")
         close(guest, view)
     qf.check(not os.path.exists(target), "the target that we made is left")
 
@@ -510,6 +519,9 @@ def test_many_disks(tmp):
             as (server, control):
         qmp.refused(control, ["one"], "cbw-snapshot-create", node="one",
                     name="s")
+        # A view can be the first that is opened of a disk.
+        early = server.connect("two/snapshot/start")
+        qf.equal("view", cbw.read_all(early), b"two" * MiB)
         one, two = server.connect("one"), server.connect("two")
         control.transaction([("cbw-snapshot-create",
                               {"node": node, "name": "s"})
@@ -524,7 +536,24 @@ def test_many_disks(tmp):
         qf.check("two/snapshot/s" in names(server), f"{names(server)}")
         cbw.delete(control, "s", node="one")
         cbw.fails(server.connect, "one/snapshot/s")
-        close(one, two, server.connect("two/snapshot/s"))
+        close(early, one, two, server.connect("two/snapshot/s"))
+
+
+def test_no_such_view(tmp):
+    """Where any name is an export, that of a view is none all the same."""
+    with memory(tmp, "exports=each", "cbw-snapshot=start") as \
+            (server, control):
+        guest = server.connect("one")
+        cbw.create(control, "s", node="one")
+        cbw.delete(control, "s", node="one")
+        for view in ("s", "typo", "s/dirty/b", "start/dirty/b"):
+            cbw.fails(server.connect, "one/snapshot/" + view)
+        qf.equal("nodes", [node["node-name"] for node in
+                           control("query-named-block-nodes")], ["one"])
+        close(guest)
+    with qf.serve(tmp, "--filter=dirty-tracking", "memory", "1M",
+                  "exports=each") as server:
+        cbw.fails(server.connect, "one/snapshot/s")
 
 
 def test_over_qcow2(tmp):
@@ -613,6 +642,40 @@ def test_own_file(tmp):
     with cbw.served(tmp, "file", disk) as (server, control):
         qmp.refused(control, [link], "cbw-snapshot-create", node="disk",
                     name="s", target=link)
+    image = os.path.join(tmp, "over.qcow2")
+    qf.qemu_img("create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw",
+                image)
+    for arguments in (["file", "dir=" + tmp],
+                      ["--filter=qcow2", "file", image,
+                       "qcow2-backing=file:" + disk],
+                      ["--filter=qcow2", "file", image,
+                       "qcow2-backing=dir:" + tmp]):
+        refused(["cbw-target", disk], "--filter=cbw", *arguments,
+                "exports=one", "cbw-snapshot=s", "cbw-target=" + disk)
+
+
+def test_limit_of_files(tmp):
+    """A target that cannot grow because of ulimit -f."""
+    for policy in ("break-guest-write", "break-snapshot"):
+        with open(os.path.join(tmp, "target"), "wb") as file:
+            file.truncate(SIZE)
+        with memory(tmp) as (server, control):
+            resource.prlimit(int(server_pid(server)), resource.RLIMIT_FSIZE,
+                             (MiB, MiB))
+            guest = server.connect()
+            guest.pwrite(b"d" * SIZE, 0)
+            qmp.refused(control, ["large"], "cbw-snapshot-create",
+                        node="disk", name="s")
+            cbw.create(control, "s", target=file.name, on_cbw_error=policy)
+            guest.pwrite(b"x" * MiB, 0)
+            if policy == "break-snapshot":
+                guest.pwrite(b"x", 2 * MiB)
+            else:
+                cbw.fails(guest.pwrite, b"x", 2 * MiB, errno="ENOSPC")
+                view = server.connect("snapshot/s")
+                qf.equal("view", cbw.read_all(view), b"d" * SIZE)
+                close(view)
+            close(guest)
 
 
 def test_progress(tmp):
@@ -1044,8 +1107,9 @@ def test_formats(tmp):
         guest = server.connect()
         guest.pwrite(old, 0)
         cbw.create(control, "s", target=uri)
-        qmp.refused(control, ["in use"], "cbw-snapshot-create", node="disk",
-                    name="t", target=uri)
+        for same in (uri, uri + "&", uri.replace("///", "////")):
+            qmp.refused(control, ["in use"], "cbw-snapshot-create",
+                        node="disk", name="t", target=same)
         guest.pwrite(bytes(SIZE), 0)
         view = server.connect("snapshot/s")
         qf.equal("view", cbw.read_all(view), old)

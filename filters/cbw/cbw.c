@@ -26,6 +26,7 @@
 #include "control/control.h"
 #include "utils/displayable.h"
 #include "utils/export-name.h"
+#include "utils/server.h"
 #include "utils/suite.h"
 
 #include "cbw.h"
@@ -36,6 +37,7 @@ static unsigned loaded;
 /* A connection to a disk, or to a view of one of its snapshots. */
 struct handle {
   char *base;                   /* the export below */
+  char *snapshot, *bitmap;      /* names, of a view; or NULL */
   struct snapshot *s;           /* of a view; NULL: the disk */
   struct dirty_bits *bits;      /* of a view of what is dirty; of s */
   char *description;            /* of a view */
@@ -139,6 +141,19 @@ cbw_get_ready (int thread_model)
 
 /* Disks. */
 
+/* A snapshot of the command line's cannot be made. */
+static void
+report_start (const GError *error)
+{
+  g_autofree char *message = qf_displayable (error->message, 4096);
+
+  nbdkit_error ("cbw-snapshot%s%s%s%s: %s",
+                config.target ? ", cbw-target=" : "",
+                config.target ? config.target : "",
+                config.bitmap ? ", cbw-bitmap=" : "",
+                config.bitmap ? config.bitmap : "", message);
+}
+
 /* A view, or a guest, has opened the disk. */
 static int
 open_disk (struct disk *disk, nbdkit_next *next, enum dirty_access access)
@@ -153,7 +168,7 @@ open_disk (struct disk *disk, nbdkit_next *next, enum dirty_access access)
   disk_check_size (disk, size);
   if (disk_start (disk, &error) == -1) {
     dirty_node_close (disk->node);
-    nbdkit_error ("cbw-snapshot: %s", error->message);
+    report_start (error);
     return -1;
   }
   return 0;
@@ -172,7 +187,7 @@ start_known_disk (struct disk *disk)
   sized = disk->node->sized;
   dirty_unlock ();
   if (sized && disk_start (disk, &error) == -1)
-    nbdkit_error ("cbw-snapshot: %s", error->message);
+    report_start (error);
 }
 
 static void
@@ -209,6 +224,7 @@ cbw_after_fork (nbdkit_backend *backend)
 {
   g_autoptr (GError) error = NULL;
 
+  qf_server_allow_limits ();
   if (!dirty_nodes_each ())
     start_disk (backend);
   if (control_after_fork (&error) == -1)
@@ -258,6 +274,8 @@ handle_free (struct handle *h)
   g_mutex_clear (&h->lock);
   g_mutex_clear (&h->probe);
   g_free (h->base);
+  g_free (h->snapshot);
+  g_free (h->bitmap);
   g_free (h->description);
   g_free (h);
 }
@@ -272,45 +290,66 @@ fail_open (const char *fs, const char *name)
 }
 
 /* A view: "NAME" or "NAME/dirty/BITMAP". */
-static int
+static void
 parse_view (struct handle *h, const char *view)
 {
   const char *slash = strstr (view, "/dirty/");
-  const char *bitmap = slash ? slash + strlen ("/dirty/") : NULL;
-  g_autofree char *name = g_strndup (view, slash ? (size_t) (slash - view) :
-                                     strlen (view));
 
-  h->s = export_find_snapshot (h->base, name);
-  if (!h->s)
-    return fail_open ("there is no snapshot with the name \"%s\"", name);
-  h->bits = bitmap ? snapshot_frozen (h->s, bitmap) : NULL;
-  if (bitmap && !h->bits)
-    return fail_open ("there was no bitmap with the name \"%s\" when the "
-                      "snapshot was made", bitmap);
-  h->description = export_describe_view (name, bitmap);
-  return 0;
+  h->snapshot = slash ? g_strndup (view, slash - view) : g_strdup (view);
+  h->bitmap = slash ? g_strdup (slash + strlen ("/dirty/")) : NULL;
+  h->description = export_describe_view (h->snapshot, h->bitmap);
 }
 
 /* Is it about a snapshot, and if so which? */
-static int
+static void
 parse_export (struct handle *h, const char *exportname)
 {
   g_autofree char *base = NULL, *view = NULL;
   const char *kind = qf_export_name_split (exportname, &base, &view);
 
-  h->base = g_strdup (kind ? base : exportname);
-  /* Where exports are files that may be the name of one. */
   if (kind && strcmp (kind, "snapshot") == 0 && export_is_disk (base)) {
-    if (parse_view (h, view) == 0)
-      return 0;
-    if (!dirty_nodes_each ())
-      return -1;
+    h->base = g_strdup (base);
+    parse_view (h, view);
   }
-  g_clear_pointer (&h->s, snapshot_unref);
-  h->bits = NULL;
-  g_free (h->base);
-  h->base = g_strdup (exportname);
+  else
+    h->base = g_strdup (exportname);
+}
+
+static int
+find_view (struct handle *h)
+{
+  h->s = export_find_snapshot (h->base, h->snapshot);
+  if (!h->s)
+    return fail_open ("there is no snapshot with the name \"%s\"",
+                      h->snapshot);
+  h->bits = h->bitmap ? snapshot_frozen (h->s, h->bitmap) : NULL;
+  if (h->bitmap && !h->bits)
+    return fail_open ("there was no bitmap with the name \"%s\" when the "
+                      "snapshot was made", h->bitmap);
   return 0;
+}
+
+/* Find it now, or if it may only be made when the disk is known, then. */
+static int
+find_early_view (struct handle *h)
+{
+  if (!h->snapshot || config_makes_snapshot (h->snapshot))
+    return 0;
+  return find_view (h);
+}
+
+static int
+find_late_view (struct handle *h, nbdkit_next *next)
+{
+  struct disk *disk;
+
+  if (!h->snapshot || h->s)
+    return 0;
+  disk = disk_of_node (dirty_node_of_export (h->base));
+  if (open_disk (disk, next, DIRTY_UNKNOWN) == -1)
+    return -1;
+  dirty_node_close (disk->node);
+  return find_view (h);
 }
 
 static void *
@@ -326,7 +365,8 @@ cbw_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
   /* A view does not write either, but only the whole server is read-only:
    * that is what the layers below shall conclude from it.
    */
-  if (parse_export (h, exportname) == -1 ||
+  parse_export (h, exportname);
+  if (find_early_view (h) == -1 ||
       next (context, readonly, h->base) == -1) {
     handle_free (h);
     return NULL;
@@ -423,7 +463,8 @@ cbw_prepare (nbdkit_next *next, void *handle, int readonly)
 {
   struct handle *h = handle;
 
-  if (prepare_below (&h->below, next) == -1)
+  if (prepare_below (&h->below, next) == -1 ||
+      find_late_view (h, next) == -1)
     return -1;
   if (h->s) {
     h->disk = disk_of_node (h->s->node);
@@ -488,7 +529,8 @@ cbw_can_fast_zero (nbdkit_next *next, void *handle)
 {
   const struct handle *h = handle;
 
-  return h->s ? 0 : next->can_fast_zero (next);
+  /* It fails at once: nothing is faster. */
+  return h->s ? 1 : next->can_fast_zero (next);
 }
 
 static int
@@ -614,10 +656,8 @@ cbw_trim (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
   struct handle *h = handle;
   int r;
 
-  if (h->s) {
-    snapshot_discard (h->s, offset, count);
-    return 0;
-  }
+  if (h->s)
+    return snapshot_discard (h->s, offset, count, err);
   r = begin_write (h, count, offset, err);
   if (r == 0) {
     r = next->trim (next, count, offset, flags, err);

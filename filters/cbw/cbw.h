@@ -44,6 +44,9 @@ extern void config_unload (void);
  */
 extern int config_parse (const char *key, const char *value);
 
+/* Is a snapshot of this name made of each disk? */
+extern bool config_makes_snapshot (const char *name);
+
 /* Do the parameters make sense together?  -1 as above. */
 extern int config_check (void);
 

@@ -11,6 +11,8 @@
 
 #include <string.h>
 
+#include "utils/suite.h"
+
 #include "cbw.h"
 
 struct config config;
@@ -44,8 +46,7 @@ parse_snapshot (const char *value)
   }
   if (!config.snapshots)
     config.snapshots = g_ptr_array_new_with_free_func (g_free);
-  if (g_ptr_array_find_with_equal_func (config.snapshots, value, g_str_equal,
-                                        NULL)) {
+  if (config_makes_snapshot (value)) {
     nbdkit_error ("cbw-snapshot: \"%s\" was given twice", value);
     return -1;
   }
@@ -115,8 +116,6 @@ parse_cluster_size (const char *value)
 {
   const int64_t size = nbdkit_parse_size (value);
 
-  if (size == -1)
-    return -1;
   if (size < MIN_CLUSTER_SIZE || size > MAX_CLUSTER_SIZE ||
       (size & (size - 1)) != 0) {
     nbdkit_error ("cbw-cluster-size: \"%s\" is not a power of two between "
@@ -132,10 +131,29 @@ parse_discard (const char *value)
 {
   const int on = nbdkit_parse_bool (value);
 
-  if (on == -1)
+  if (on == -1) {
+    nbdkit_error ("cbw-discard: \"%s\" is neither on nor off", value);
     return -1;
+  }
   config.discard = on;
   return 0;
+}
+
+/* What others take for disks is no target. */
+static void
+note_files (const char *key, const char *value)
+{
+  const bool is_source = strcmp (key, "qcow2-backing") == 0 ||
+    strcmp (key, "qcow2-data-file") == 0;
+
+  if (strcmp (key, "file") == 0)
+    target_forbid_file (value);
+  else if (strcmp (key, "dir") == 0 || strcmp (key, "directory") == 0)
+    target_forbid_directory (value);
+  else if (is_source && g_str_has_prefix (value, "file:"))
+    target_forbid_file (value + strlen ("file:"));
+  else if (is_source && g_str_has_prefix (value, "dir:"))
+    target_forbid_directory (value + strlen ("dir:"));
 }
 
 int
@@ -154,18 +172,29 @@ config_parse (const char *key, const char *value)
     { "cbw-discard", parse_discard },
   };
 
-  if (strcmp (key, "file") == 0)
-    target_forbid_file (value);
+  note_files (key, value);
   for (size_t i = 0; i < G_N_ELEMENTS (parameters); ++i)
     if (strcmp (key, parameters[i].key) == 0)
       return parameters[i].parse (value) == -1 ? -1 : 1;
   return 0;
 }
 
+bool
+config_makes_snapshot (const char *name)
+{
+  return config.snapshots &&
+    g_ptr_array_find_with_equal_func (config.snapshots, name, g_str_equal,
+                                      NULL);
+}
+
 int
 config_check (void)
 {
-  if (config.target && !config.snapshots)
+  if (config.target && target_is_uri (config.target) &&
+      !g_str_has_prefix (config.target, "nbd"))
+    nbdkit_error ("cbw-target: \"%s\" is neither a file nor the URI of an NBD "
+                  "server", config.target);
+  else if (config.target && !config.snapshots)
     nbdkit_error ("cbw-target: there is no cbw-snapshot for which it could "
                   "be; for a snapshot that is made at run time, give it to "
                   "cbw-snapshot-create");
@@ -179,6 +208,10 @@ config_check (void)
   else if (config.target && dirty_nodes_each ())
     nbdkit_error ("cbw-target: each export is a disk here, whose snapshots "
                   "cannot share a target; leave it out");
+  else if (config.bitmap && !qf_suite_is_loaded (QF_DIRTY_TRACKING) &&
+           !qf_suite_is_loaded (QF_BITMAP_PERSIST))
+    nbdkit_error ("cbw-bitmap: there are no bitmaps: use "
+                  "--filter=dirty-tracking, behind --filter=cbw");
   else
     return 0;
   return -1;

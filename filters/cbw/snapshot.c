@@ -385,8 +385,9 @@ take_away (struct snapshot *s, uint64_t cluster)
   return state == COPIED;
 }
 
-void
-snapshot_discard (struct snapshot *s, uint64_t offset, uint64_t count)
+int
+snapshot_discard (struct snapshot *s, uint64_t offset, uint64_t count,
+                  int *err)
 {
   const uint64_t size = snapshot_cluster_size (s);
   const uint64_t stop = offset + count == s->size ? s->clusters :
@@ -394,6 +395,10 @@ snapshot_discard (struct snapshot *s, uint64_t offset, uint64_t count)
   uint64_t cluster = (offset + size - 1) >> s->cluster_bits;
   struct target *target = snapshot_target (s);
 
+  if (!target) {
+    *err = EIO;
+    return -1;
+  }
   while (cluster < stop) {
     const uint64_t first = cluster;
 
@@ -402,11 +407,12 @@ snapshot_discard (struct snapshot *s, uint64_t offset, uint64_t count)
     while (cluster < stop && take_away (s, cluster))
       cluster++;
     g_mutex_unlock (&s->lock);
-    if (cluster > first && target)
+    if (cluster > first)
       target_discard (target, first << s->cluster_bits,
                       snapshot_bytes (s, first, cluster - first));
     if (cluster < stop)
       cluster++;
   }
   target_unref (target);
+  return 0;
 }

@@ -157,9 +157,11 @@ extern void snapshot_delete (struct snapshot *s, const char *reason,
 extern struct dirty_bits *snapshot_frozen (const struct snapshot *s,
                                            const char *name);
 
-/* A reader does not want these bytes any more; whole clusters count. */
-extern void snapshot_discard (struct snapshot *s, uint64_t offset,
-                              uint64_t count);
+/* A reader does not want these bytes any more; whole clusters count.
+ * Returns -1 with *err set if the snapshot has ended.
+ */
+extern int snapshot_discard (struct snapshot *s, uint64_t offset,
+                             uint64_t count, int *err);
 
 /* copy.c */
 

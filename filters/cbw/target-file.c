@@ -43,8 +43,8 @@ struct file {
   struct helpers *helpers;
 };
 
-/* Files that the plugin serves. */
-static GPtrArray *forbidden;
+/* What the layers below serve. */
+static GPtrArray *forbidden_files, *forbidden_directories;
 
 struct write_job {
   struct file *file;
@@ -206,32 +206,62 @@ fail (GError **error, int code, const char *what, const char *name)
                      g_strerror (code));
 }
 
+static void
+forbid (GPtrArray **list, const char *path)
+{
+  if (!*list)
+    *list = g_ptr_array_new_with_free_func (g_free);
+  g_ptr_array_add (*list, target_complete_name (path));
+}
+
 void
 target_forbid_file (const char *path)
 {
-  if (!forbidden)
-    forbidden = g_ptr_array_new_with_free_func (g_free);
-  g_ptr_array_add (forbidden, target_complete_name (path));
+  forbid (&forbidden_files, path);
+}
+
+void
+target_forbid_directory (const char *path)
+{
+  forbid (&forbidden_directories, path);
 }
 
 void
 target_allow_all (void)
 {
-  g_clear_pointer (&forbidden, g_ptr_array_unref);
+  g_clear_pointer (&forbidden_files, g_ptr_array_unref);
+  g_clear_pointer (&forbidden_directories, g_ptr_array_unref);
+}
+
+static bool
+is_listed (const GPtrArray *list, const struct stat *st)
+{
+  struct stat other;
+
+  for (guint i = 0; list && i < list->len; ++i)
+    if (stat (g_ptr_array_index (list, i), &other) == 0 &&
+        other.st_dev == st->st_dev && other.st_ino == st->st_ino)
+      return true;
+  return false;
+}
+
+static bool
+is_in_listed_directory (const char *name)
+{
+  g_autofree char *real = realpath (name, NULL);
+  g_autofree char *directory = g_path_get_dirname (real ? real : name);
+  struct stat st;
+
+  return stat (directory, &st) == 0 && is_listed (forbidden_directories, &st);
 }
 
 static int
 check_allowed (const char *name, const struct stat *st, GError **error)
 {
-  for (guint i = 0; forbidden && i < forbidden->len; ++i) {
-    struct stat other;
-
-    if (stat (g_ptr_array_index (forbidden, i), &other) == 0 &&
-        other.st_dev == st->st_dev && other.st_ino == st->st_ino)
-      return dirty_fail (error, EINVAL, "target %s is the file that the plugin "
-                         "serves, and would be destroyed", name);
-  }
-  return 0;
+  if (!is_listed (forbidden_files, st) && !is_in_listed_directory (name))
+    return 0;
+  return dirty_fail (error, EINVAL, "target %s is, or could be, a part of "
+                     "what is served, and would be destroyed", name);
 }
 
 /* Of a block device it is what the device likes best. */

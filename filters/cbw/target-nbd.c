@@ -43,6 +43,9 @@
 #define CONNECT_SECONDS 10
 #define DISCARD_SECONDS 5
 
+/* If the URI says nothing. */
+#define NBD_PORT 10809
+
 /* The most that is asked for at once, in bytes. */
 #define MAX_REQUEST (UINT32_C (32) << 20)
 #define MAX_DISCARD (UINT32_C (1) << 30)
@@ -71,7 +74,7 @@ struct nbd {
  * also when one of them is only being deleted.
  */
 static GMutex uris_lock;
-static GHashTable *uris;
+static GHashTable *uris;        /* of what export_of_uri says */
 
 /* A piece of a request. */
 struct request {
@@ -178,18 +181,49 @@ fail_pending (struct nbd *nbd)
   g_mutex_unlock (&nbd->list_lock);
 }
 
+/* What tells an export of a server from others, whatever else the URI says;
+ * or if it is not understood, the URI itself.
+ */
+static char *
+export_of_uri (const char *uri)
+{
+  g_autoptr (GUri) parsed = g_uri_parse (uri, G_URI_FLAGS_NONE, NULL);
+  const char *query = parsed ? g_uri_get_query (parsed) : NULL;
+  g_autoptr (GHashTable) parameters = query ?
+    g_uri_parse_params (query, -1, "&", G_URI_PARAMS_NONE, NULL) : NULL;
+  const char *socket = parameters ?
+    g_hash_table_lookup (parameters, "socket") : NULL;
+  const char *path = parsed ? g_uri_get_path (parsed) : uri;
+  g_autofree char *host = NULL;
+  int port;
+
+  if (!parsed)
+    return g_strdup (uri);
+  while (*path == '/')
+    path++;
+  if (socket) {
+    host = g_canonicalize_filename (socket, NULL);
+    return g_strdup_printf ("%s/%s", host, path);
+  }
+  port = g_uri_get_port (parsed);
+  host = g_ascii_strdown (g_uri_get_host (parsed) ?: "", -1);
+  return g_strdup_printf ("%s:%d/%s", host, port == -1 ? NBD_PORT : port,
+                          path);
+}
+
 /* False if it is taken. */
 static bool
 take_uri (const char *uri)
 {
+  g_autofree char *export = export_of_uri (uri);
   bool is_new;
 
   g_mutex_lock (&uris_lock);
   if (!uris)
     uris = g_hash_table_new_full (g_str_hash, g_str_equal, g_free, NULL);
-  is_new = !g_hash_table_contains (uris, uri);
+  is_new = !g_hash_table_contains (uris, export);
   if (is_new)
-    g_hash_table_add (uris, g_strdup (uri));
+    g_hash_table_add (uris, g_steal_pointer (&export));
   g_mutex_unlock (&uris_lock);
   return is_new;
 }
@@ -197,8 +231,10 @@ take_uri (const char *uri)
 static void
 give_uri_back (const char *uri)
 {
+  g_autofree char *export = export_of_uri (uri);
+
   g_mutex_lock (&uris_lock);
-  g_hash_table_remove (uris, uri);
+  g_hash_table_remove (uris, export);
   g_mutex_unlock (&uris_lock);
 }
 

@@ -59,8 +59,11 @@ extern void target_set_directory (const char *directory);
 /* Complete a name: that of a file becomes absolute. */
 extern char *target_complete_name (const char *name);
 
-/* The plugin serves this file, which therefore is no target. */
+/* This file, or those in this directory, are served, or are a part of what
+ * is: they are no targets.
+ */
 extern void target_forbid_file (const char *path);
+extern void target_forbid_directory (const char *path);
 extern void target_allow_all (void);
 
 /* Open what name says for a disk of this size; NULL: an unlinked file in

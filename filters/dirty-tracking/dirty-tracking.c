@@ -284,10 +284,10 @@ parse_export (struct handle *h, const char *exportname)
     h->description = view_describe (h->view);
     return 0;
   }
-  /* If there were a cbw filter it would not have come here.  Where exports
-   * are files that may be the name of one.
+  /* If there were a cbw filter it would not have come here.  Where each
+   * export is a disk this one is not; else there is but one, by any name.
    */
-  if (!dirty_nodes_each () && strstr (h->view, "/dirty/")) {
+  if (dirty_nodes_each () || strstr (h->view, "/dirty/")) {
     nbdkit_error ("there is no cbw filter that has a snapshot for this "
                   "export");
     return -1;
