@@ -161,9 +161,12 @@ def test_overlap(tmp):
 
 
 def refuses(tmp, path, words):
-    """Nobody can open the disk, and the log says why."""
+    """The server does not start, or if the image is another server's nobody
+    can open the disk; it says why."""
     before = persist.fingerprint(path)
-    with qf.serve(tmp, *CHAIN, "file", path) as server:
+    persist.fails("file", path, filters=CHAIN, words=[path, *words])
+    with behind_nbd(tmp, path) as plugin, qf.serve(tmp, *CHAIN, *plugin) \
+            as server:
         try:
             server.connect()
             raise qf.Fail("the image was opened")

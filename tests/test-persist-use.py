@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import struct
 
 import nbd
 import persist
@@ -517,6 +518,17 @@ def test_broken(tmp):
                 server.kill()
         qf.check(persist.fingerprint(path) == before, f"{what}: changed")
     qf.equal("flags", flags, persist.AUTO)
+    # These are found at start.
+    for what, change in (
+            ("dirty", lambda p: edit.set_bits(p, "incompatible", 1)),
+            ("corrupt", lambda p: edit.set_bits(p, "incompatible", 2)),
+            ("end of the file", lambda p: edit.write_at(
+                p, at, struct.pack(">Q", 1 << 30)))):
+        path = broken(tmp, side, change)
+        before = persist.fingerprint(path)
+        persist.fails("file", disk, "bitmap-store=" + path,
+                      words=[path, what])
+        qf.check(persist.fingerprint(path) == before, f"{what}: changed")
 
 
 def test_start_not_later(tmp):

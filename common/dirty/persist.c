@@ -237,7 +237,7 @@ dirty_persist_probe (const struct qcow2_io *io, GError **error)
   struct qcow2_bitmap_store *store =
     image ? qcow2_bitmap_store_open (image, io, error) : NULL;
 
-  if (!store)
+  if (!store || qcow2_bitmap_store_check (store, io, error) == -1)
     g_clear_pointer (&image, qcow2_image_close);
   qcow2_bitmap_store_close (store);
   return image;

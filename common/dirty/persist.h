@@ -80,7 +80,7 @@ dirty_persist_new (struct dirty_node *node,
                    const struct dirty_persist_options *options);
 
 /* Look if an image can keep bitmaps, and those that it has make sense as
- * far as they are described in the directory.  Close the image; NULL with
+ * far as their directory and their tables go.  Close the image; NULL with
  * error set.
  */
 extern struct qcow2_image *dirty_persist_probe (const struct qcow2_io *io,

@@ -56,17 +56,27 @@ qcow2_header_set_autoclear (struct qcow2_header *header,
 }
 
 int
+qcow2_header_check_writable (const struct qcow2_header *header,
+                             GError **error)
+{
+  const bool corrupt = header->incompatible & QCOW2_INCOMPAT_CORRUPT;
+
+  if (!corrupt && !(header->incompatible & QCOW2_INCOMPAT_DIRTY))
+    return 0;
+  return qcow2_fail (error, EROFS, "the image is marked as %s, so nothing "
+                     "can be written to it; \"qemu-img check -r all\" "
+                     "repairs it", corrupt ? "corrupt" : "dirty");
+}
+
+int
 qcow2_header_begin_writing (struct qcow2_header *header,
                             const struct qcow2_io *io, GError **error)
 {
   const uint64_t known = header->autoclear &
     (QCOW2_AUTOCLEAR_BITMAPS | QCOW2_AUTOCLEAR_RAW_DATA_FILE);
-  const bool corrupt = header->incompatible & QCOW2_INCOMPAT_CORRUPT;
 
-  if (corrupt || header->incompatible & QCOW2_INCOMPAT_DIRTY)
-    return qcow2_fail (error, EROFS, "the image is marked as %s, so nothing "
-                       "can be written to it; \"qemu-img check -r all\" "
-                       "repairs it", corrupt ? "corrupt" : "dirty");
+  if (qcow2_header_check_writable (header, error) == -1)
+    return -1;
   if (known == header->autoclear)
     return 0;
   if (qcow2_header_set_autoclear (header, io, known, error) == -1)

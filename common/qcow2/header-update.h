@@ -18,10 +18,14 @@
 
 #include "qcow2/header.h"
 
-/* Before anything else is written ("Header", autoclear_features): bits
- * whose meaning we do not know are cleared, and an image which is marked
- * as dirty or corrupt, so that its refcounts cannot be relied upon, is an
- * error.  Flushed.
+/* An image which is marked as dirty or corrupt, so that its refcounts cannot
+ * be relied upon, is an error.
+ */
+extern int qcow2_header_check_writable (const struct qcow2_header *header,
+                                        GError **error);
+
+/* Before anything else is written ("Header", autoclear_features): the same,
+ * and bits whose meaning we do not know are cleared.  Flushed.
  */
 extern int qcow2_header_begin_writing (struct qcow2_header *header,
                                        const struct qcow2_io *io,

@@ -26,6 +26,7 @@
 #include "qcow2/create.h"
 #include "qcow2/error.h"
 #include "qcow2/file.h"
+#include "qcow2/header-update.h"
 #include "qcow2/image.h"
 #include "qcow2/lock.h"
 
@@ -226,7 +227,7 @@ check_disk (const struct sidecar *s, const struct qcow2_image *image,
 
 static int
 check_image (const struct sidecar *s, const struct qcow2_file *file,
-             GError **error)
+             bool writable, GError **error)
 {
   struct qcow2_image *image = dirty_persist_probe (&file->io, error);
   int r;
@@ -236,6 +237,10 @@ check_image (const struct sidecar *s, const struct qcow2_file *file,
     return -1;
   }
   r = check_disk (s, image, error);
+  if (r == 0 && writable) {
+    r = qcow2_header_check_writable (image->header, error);
+    g_prefix_error (error, "%s: ", s->path);
+  }
   qcow2_image_close (image);
   return r;
 }
@@ -248,7 +253,7 @@ check_existing (const struct sidecar *s, bool writable, GError **error)
 
   if (qcow2_file_open (&file, s->path, O_RDONLY, error) == -1)
     return -1;
-  r = check_image (s, &file, error);
+  r = check_image (s, &file, writable, error);
   if (r == 0)
     r = lock_file (&file, writable ? QCOW2_LOCK_WRITER : QCOW2_LOCK_READER,
                    error);
