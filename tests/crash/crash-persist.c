@@ -189,6 +189,7 @@ operate_with_threads (struct run *run)
   g_autofree struct writer *writers = g_new0 (struct writer, run->threads);
   atomic_uint running = run->threads;
 
+  server_fail_never (run->server);
   for (unsigned i = 0; i < run->disks; ++i)
     if (run->server->disks[i].inactive)
       must (server_set_active (&run->server->disks[i], true), NULL,
