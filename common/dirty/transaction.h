@@ -38,8 +38,7 @@ extern void dirty_gates_close (struct dirty_node **nodes, size_t n);
 extern void dirty_gates_open (struct dirty_node **nodes, size_t n);
 
 /* Begin with both locks held (see node.h), on these nodes; a node may be
- * named twice.
- * The actions must not touch any other.
+ * named twice.  The actions must not touch any other.
  */
 extern struct dirty_transaction *
 dirty_transaction_begin (const GPtrArray *nodes);

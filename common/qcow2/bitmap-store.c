@@ -31,7 +31,6 @@
 #include "qcow2/error.h"
 #include "qcow2/header-update.h"
 
-#define EXTENSION_LENGTH 24
 #define ENTRY_FLAGS 12          /* offset of the flags in an entry */
 
 /* Clusters behind each other. */
@@ -398,7 +397,7 @@ write_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
 static void
 put_extension (uint8_t *data, const struct qcow2_bitmaps *place)
 {
-  memset (data, 0, EXTENSION_LENGTH);
+  memset (data, 0, QCOW2_EXT_BITMAPS_LENGTH);
   qcow2_put_be32 (data, place->nr);
   qcow2_put_be64 (data + 8, place->directory_size);
   qcow2_put_be64 (data + 16, place->directory_offset);
@@ -425,8 +424,9 @@ check_extension (const struct qcow2_header *header, GError **error)
   GBytes *old = qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS);
 
   if (!old)
-    return qcow2_header_check_room (header, EXTENSION_LENGTH, error);
-  if (g_bytes_get_size (old) == EXTENSION_LENGTH)
+    return qcow2_header_check_room (header, QCOW2_EXT_BITMAPS_LENGTH,
+                                    error);
+  if (g_bytes_get_size (old) == QCOW2_EXT_BITMAPS_LENGTH)
     return 0;
   return qcow2_fail (error, ENOTSUP, "the header has a bitmaps extension of "
                      "%zu bytes, which cannot be replaced",
@@ -447,7 +447,7 @@ replace_extension (struct qcow2_bitmap_store *store,
       set_valid (store, io, false, error) == -1)
     return -1;
   if (qcow2_header_put_extension (header, io, QCOW2_EXT_BITMAPS, data,
-                                  EXTENSION_LENGTH, error) == -1)
+                                  QCOW2_EXT_BITMAPS_LENGTH, error) == -1)
     return -1;
   return io->flush (io, error);
 }
@@ -460,13 +460,13 @@ switch_directory (struct qcow2_bitmap_store *store, const struct qcow2_io *io,
   struct qcow2_header *header = store->image->header;
   const bool resized = place->nr != store->place.nr ||
     place->directory_size != store->place.directory_size;
-  uint8_t data[EXTENSION_LENGTH];
+  uint8_t data[QCOW2_EXT_BITMAPS_LENGTH];
 
   put_extension (data, place);
   if ((qcow2_header_find_extension (header, QCOW2_EXT_BITMAPS) ?
        replace_extension (store, io, data, resized, error) :
        qcow2_header_add_extension (header, io, QCOW2_EXT_BITMAPS, data,
-                                   EXTENSION_LENGTH, error)) == -1)
+                                   QCOW2_EXT_BITMAPS_LENGTH, error)) == -1)
     return -1;
   if (header->autoclear & QCOW2_AUTOCLEAR_BITMAPS)
     return 0;

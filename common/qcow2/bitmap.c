@@ -13,7 +13,6 @@
 #include "qcow2/bitmap.h"
 #include "qcow2/error.h"
 
-#define EXTENSION_LENGTH 24
 #define MAX_DIRECTORY_BYTES                                             \
   ((uint64_t) QCOW2_MAX_BITMAPS *                                       \
    (QCOW2_BITMAP_ENTRY_LENGTH + QCOW2_MAX_BITMAP_NAME + 1))
@@ -65,9 +64,9 @@ qcow2_bitmaps_find (const struct qcow2_header *header,
     return qcow2_fail (error, EINVAL, "the autoclear bit for bitmaps is "
                        "set, but there is no bitmaps extension");
   data = g_bytes_get_data (bytes, &length);
-  if (length != EXTENSION_LENGTH)
+  if (length != QCOW2_EXT_BITMAPS_LENGTH)
     return qcow2_fail (error, EINVAL, "the bitmaps extension has %zu bytes, "
-                       "but must have %d", length, EXTENSION_LENGTH);
+                       "but must have %d", length, QCOW2_EXT_BITMAPS_LENGTH);
   if (qcow2_be32 (data + 4) != 0)
     return qcow2_fail (error, EINVAL, "the reserved field of the bitmaps "
                        "extension is %" PRIu32 ", but must be 0",
